@@ -1,0 +1,27 @@
+# Commands of this repository; `make help` lists them. Only make and Debian's own tools are needed beforehand.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+# Everything that runs before a virtual environment exists uses the standard library of the system's Python alone.
+PYTHON3 := $(shell command -v python3)
+LOCALCLUSTER = PYTHONPATH=tests python3 -m localcluster
+
+.PHONY: help
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: cluster cluster-down cluster-status
+cluster: python3 ## start a one-node Kubernetes cluster on this machine
+	$(LOCALCLUSTER) up
+
+cluster-down: python3 ## stop it and remove all it made
+	$(LOCALCLUSTER) down
+
+cluster-status: python3 ## show its nodes and pods, and how to reach it
+	$(LOCALCLUSTER) status
+
+.PHONY: python3
+python3:
+ifeq ($(PYTHON3),)
+	apt-get -qq update && apt-get -qq install --yes --no-install-recommends python3 >/dev/null
+endif

@@ -1,0 +1,3 @@
+module manthanquant.io/localcluster/pause
+
+go 1.24
