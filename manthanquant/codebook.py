@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 INT8_LIMIT = {2: 127.0, 3: 127.0, 4: 63.5}
 HALF_INTEGER_BITS = 4
@@ -29,7 +30,7 @@ def _cumulative(x: float) -> float:
 
 def midpoints(levels: Sequence[float]) -> tuple[float, ...]:
     """The decision boundaries of ascending `levels`: nearest level wins, a tie goes to the lower one."""
-    return tuple((a + b) / 2 for a, b in zip(levels, levels[1:]))
+    return tuple((a + b) / 2 for a, b in pairwise(levels))
 
 
 def gaussian_mse(levels: Sequence[float]) -> float:
@@ -54,8 +55,7 @@ def lloyd_max(bits: int) -> tuple[float, ...]:
     for _ in range(_MAX_SWEEPS):
         edges = (0.0, *midpoints(levels), math.inf)
         moved = [
-            (_density(low) - _density(high)) / (_cumulative(high) - _cumulative(low))
-            for low, high in zip(edges, edges[1:])
+            (_density(low) - _density(high)) / (_cumulative(high) - _cumulative(low)) for low, high in pairwise(edges)
         ]
         step = max(abs(a - b) for a, b in zip(moved, levels))
         levels = moved

@@ -71,12 +71,15 @@ class ContractError(ValueError):
     """A message that does not follow the contract; the text names the field and what was found there."""
 
 
+@dataclass(frozen=True)
 class _Message:
     """JSON round trip for nested dataclasses: camelCase names, `None` left out, unknown fields ignored.
 
     Unknown fields are ignored so that an operator may read a newer server's message; a missing required field or a
     value of the wrong type raises `ContractError`.
     """
+
+    schema: int = field(default=SCHEMA_VERSION, kw_only=True)
 
     def to_json(self) -> str:
         return json.dumps(_encode(self), separators=(",", ":"))
@@ -87,9 +90,9 @@ class _Message:
             data = json.loads(text)
         except ValueError as error:
             raise ContractError(f"{cls.__name__}: not JSON ({error}): {text[:80]!r}") from error
-        message = _decode(cls, data, cls.__name__)
-        if message.schema != SCHEMA_VERSION:  # type: ignore[attr-defined]
-            raise ContractError(f"{cls.__name__}.schema: {message.schema!r}, expected {SCHEMA_VERSION}")  # type: ignore[attr-defined]
+        message: Self = _decode(cls, data, cls.__name__)
+        if message.schema != SCHEMA_VERSION:
+            raise ContractError(f"{cls.__name__}.schema: {message.schema!r}, expected {SCHEMA_VERSION}")
         return message
 
 
@@ -180,7 +183,6 @@ class PrepareError:
 class PrepareReport(_Message):
     """The init container's result: the model resolved, the kernels built and checked, the capacity estimated."""
 
-    schema: int = SCHEMA_VERSION
     model_path: str | None = None
     model_bytes: int | None = None
     kernel: KernelReport | None = None
@@ -247,7 +249,6 @@ class Stats(_Message):
     kernel: KernelReport
     calibration: CalibrationReport
     cache: CacheReport
-    schema: int = SCHEMA_VERSION
     uptime_seconds: float | None = None
     writes: WriteStats = field(default_factory=WriteStats)
     hot: HotStats | None = None

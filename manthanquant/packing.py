@@ -7,7 +7,7 @@ magnitudes and a second one applies the sign.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from manthanquant.formats import SIDES, UNIT_TOKENS, Format, Side, code_bits, scale_position
 
 
-@lru_cache(maxsize=None)
+@cache
 def _bit_index(
     fmt: Format, side: Side, head_size: int, device: torch.device
 ) -> list[tuple[slice, int, Tensor, Tensor]]:
@@ -28,7 +28,7 @@ def _bit_index(
     return out
 
 
-@lru_cache(maxsize=None)
+@cache
 def _scale_index(fmt: Format, side: Side, head_size: int, device: torch.device) -> Tensor:
     first = [scale_position(fmt, side, token, head_size) for token in range(UNIT_TOKENS)]
     return torch.tensor([[x, x + 1] for x in first], device=device)
@@ -94,15 +94,15 @@ def pack_bitstream(codes: Tensor, bits: int) -> Tensor:
     count, size = codes.shape
     total = -(-size * bits // 32) * 32
     stream = torch.zeros(count, total, dtype=torch.uint8, device=codes.device)
-    stream[:, : size * bits] = ((codes[..., None] >> torch.arange(bits, device=codes.device)) & 1).view(count, -1)
+    stream[:, : size * bits] = ((codes[..., None] >> torch.arange(bits, device=codes.device)) & 1).flatten(1)
     weights = 1 << torch.arange(8, device=codes.device)
-    return (stream.view(count, -1, 8) * weights).sum(-1).to(torch.uint8)
+    return (stream.view(count, total // 8, 8) * weights).sum(-1).to(torch.uint8)
 
 
 def unpack_bitstream(data: Tensor, bits: int, head_size: int) -> Tensor:
     """Inverse of `pack_bitstream`: uint8 `[N, bytes]` -> codes uint8 `[N, D]`."""
     stream = (data[..., None] >> torch.arange(8, device=data.device)) & 1
-    stream = stream.view(data.shape[0], -1)[:, : head_size * bits].view(data.shape[0], head_size, bits)
+    stream = stream.flatten(1)[:, : head_size * bits].view(data.shape[0], head_size, bits)
     return (stream << torch.arange(bits, device=data.device)).sum(-1).to(torch.uint8)
 
 
@@ -115,11 +115,10 @@ def pages_as_units(cache: Tensor, fmt: Format, head_size: int) -> Tensor:
     if cache.stride(3) != 1 or cache.stride(2) != size or size != fmt.token_bytes(head_size) or tokens % UNIT_TOKENS:
         raise ValueError(
             f"cache of shape {tuple(cache.shape)} and strides {cache.stride()} is no run of {fmt.name} units: "
-            f"need [pages, KV heads, a multiple of {UNIT_TOKENS} tokens, {fmt.token_bytes(head_size)}], tokens contiguous"
+            f"need [pages, KV heads, a multiple of {UNIT_TOKENS} tokens, {fmt.token_bytes(head_size)}], "
+            f"tokens contiguous"
         )
     unit = fmt.unit_bytes(head_size)
     return cache.as_strided(
         (pages, heads, tokens // UNIT_TOKENS, unit), (cache.stride(0), cache.stride(1), unit, 1), cache.storage_offset()
     )
-
-

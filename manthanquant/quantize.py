@@ -1,15 +1,15 @@
 """Vectors to codes and scales, and back. The scale makes inner products unbiased.
 
 Each class of channels of a side is coded on its own: `c = codebook(y sqrt(n) / |y|)` and the scale
-`s = |y|^2 / <y, c>` (EDEN, Vargaftik et al. 2022), so that `<y, s c> = |y|^2`. A vector that holds NaN or an infinity is
-coded as zero (scale 0) and reported: one bad token must not spread to every later one.
+`s = |y|^2 / <y, c>` (EDEN, Vargaftik et al. 2022), so that `<y, s c> = |y|^2`. A vector that holds NaN or an infinity
+is coded as zero (scale 0) and reported: one bad token must not spread to every later one.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class Coded:
     finite: Tensor
 
 
-@lru_cache(maxsize=None)
+@cache
 def _tables(bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
     book = codebook(bits)
     return torch.tensor(book.levels, device=device), torch.tensor(book.boundaries, device=device)

@@ -18,8 +18,8 @@ Keys, queries, values: fp32 here; kernels say what they round.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -57,7 +57,7 @@ def hadamard(order: int) -> Tensor:
     return matrix / order**0.5
 
 
-@lru_cache(maxsize=None)
+@cache
 def rotation(segments: tuple[int, ...], side: Side) -> Tensor:
     """H diag(s) for a head of `sum(segments)` channels: orthonormal, fp64 `[D, D]`, `y = x @ rotation.T`."""
     blocks = []
@@ -114,10 +114,17 @@ class SideTransform:
         return torch.einsum("thge,hde->thgd", grouped, self.inverse).reshape(tokens, heads, size)
 
     def to(self, device: torch.device | str) -> SideTransform:
-        moved = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
-        return replace(self, **moved)
+        def move(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device)
+
+        return SideTransform(
+            self.kind,
+            self.forward.to(device),
+            self.inverse.to(device),
+            move(self.mean),
+            move(self.order),
+            move(self.gain),
+        )
 
 
 @dataclass(frozen=True)
@@ -142,13 +149,11 @@ def hadamard_transform(fmt: Format, side: Side, head_size: int, mean: Tensor | N
     return SideTransform("hadamard", matrix.float()[None], matrix.T.float().contiguous()[None], mean)
 
 
-def gain_transform(
-    fmt: Format, side: Side, order: Tensor, gain: Tensor, mean: Tensor | None = None
-) -> SideTransform:
+def gain_transform(fmt: Format, side: Side, order: Tensor, gain: Tensor, mean: Tensor | None = None) -> SideTransform:
     """`gain` kind from `order` int64 and `gain` fp32 (in the new order), both `[KV heads, D]`; gains are positive."""
     if not bool((gain > 0).all()):
         raise ValueError("gain: every gain must be positive and finite")
-    kv_heads, size = order.shape
+    size = order.shape[1]
     permutation = torch.nn.functional.one_hot(order, size).double()  # [Hk, D, D]: row i picks channel order[i]
     rotate = rotation(fmt.segments(side, size), side)
     forward = rotate @ (gain.double()[..., None] * permutation)
