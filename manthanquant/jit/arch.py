@@ -1,0 +1,73 @@
+"""Which instruction set to compile for. A CPU is one of three levels; each is a superset of the next."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Set
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from manthanquant.jit.errors import JitError
+
+
+@dataclass(frozen=True)
+class Arch:
+    """A target of the compiler.
+
+    Attributes:
+        name: e.g. `cpu-avx512`; goes into reports and into the cache's directory names.
+        flags: compiler flags that select it.
+        cpu_features: names in `/proc/cpuinfo` that a CPU must have to run the result.
+    """
+
+    name: str
+    flags: tuple[str, ...] = ()
+    cpu_features: frozenset[str] = frozenset()
+
+
+# The AVX-512 path wants byte permutes (VBMI) and int8 dot products (VNNI): Ice Lake, Zen 4 and newer. A CPU with an older
+# AVX-512 runs the AVX2 path.
+_AVX2 = ("avx2", "fma", "f16c")
+_AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vbmi", "avx512_vnni")
+_CPUINFO_NAMES = {"avx512_vbmi": "avx512vbmi"}  # where the kernel's name is not the compiler's with `_`
+
+
+def _level(name: str, features: tuple[str, ...]) -> Arch:
+    flags = tuple("-m" + feature.replace("avx512_", "avx512") for feature in features)
+    return Arch(name, flags, frozenset(_CPUINFO_NAMES.get(feature, feature) for feature in features))
+
+
+CPU_AVX512 = _level("cpu-avx512", _AVX512)
+CPU_AVX2 = _level("cpu-avx2", _AVX2)
+CPU_GENERIC = Arch("cpu-generic")
+CPU_ARCHES = (CPU_AVX512, CPU_AVX2, CPU_GENERIC)  # best first
+
+
+def best_cpu(machine: str, features: Set[str]) -> Arch:
+    """The best level that a CPU of this `uname` machine with these `/proc/cpuinfo` flags runs."""
+    if machine != "x86_64":
+        return CPU_GENERIC
+    return next(arch for arch in CPU_ARCHES if arch.cpu_features <= features)
+
+
+@cache
+def detect_cpu() -> Arch:
+    """The level of this machine. Without a readable `/proc/cpuinfo` it is the portable one."""
+    return best_cpu(platform.machine(), _cpu_features(Path("/proc/cpuinfo")))
+
+
+def _cpu_features(cpuinfo: Path) -> frozenset[str]:
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
+
+
+def named(name: str) -> Arch:
+    """The architecture called `name`. Raises `JitError` for an unknown one."""
+    for arch in CPU_ARCHES:
+        if arch.name == name:
+            return arch
+    raise JitError(f"architecture {name!r} is unknown: use one of {', '.join(arch.name for arch in CPU_ARCHES)}")
