@@ -45,7 +45,11 @@ IntOrPercent = Annotated[
         }
     ),
 ]
-ObjectName = Annotated[str, StringConstraints(min_length=1, max_length=253, pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$")]
+ObjectName = Annotated[
+    str, StringConstraints(min_length=1, max_length=253, pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$")
+]
+LabelValue = Annotated[str, StringConstraints(max_length=63)]
+ComputeCapability = Annotated[str, StringConstraints(max_length=5, pattern=r"^[0-9]{1,2}\.[0-9]$")]
 Text = Annotated[str, StringConstraints(max_length=1024)]
 
 
@@ -84,18 +88,20 @@ class Claim(Resource):
                 "!has(self.existingClaim) || !has(self.storageClassName)",
                 "storageClassName applies to a new claim: remove it, or replace existingClaim by size",
             ),
-            rule("!has(oldSelf.size) || !has(self.size) || string(self.size) == string(oldSelf.size)",
-                 "size cannot be changed: resize the PersistentVolumeClaim itself, or make a new resource"),
+            rule(
+                "!has(oldSelf.size) || !has(self.size) || string(self.size) == string(oldSelf.size)",
+                "size cannot be changed: resize the PersistentVolumeClaim itself, or make a new resource",
+            ),
         )
     )
 
-    existing_claim: ObjectName | None = Field(None, description="Name of an existing PersistentVolumeClaim.")
-    size: Quantity | None = Field(None, description="Size of a new claim, e.g. 50Gi.")
+    existing_claim: ObjectName | None = Field(default=None, description="Name of an existing PersistentVolumeClaim.")
+    size: Quantity | None = Field(default=None, description="Size of a new claim, e.g. 50Gi.")
     storage_class_name: ObjectName | None = Field(
-        None, description="StorageClass of a new claim; the cluster's default when absent."
+        default=None, description="StorageClass of a new claim; the cluster's default when absent."
     )
     access_mode: Literal["ReadWriteOnce", "ReadWriteMany"] = Field(
-        "ReadWriteOnce", description="ReadWriteMany lets replicas on several nodes share the claim."
+        default="ReadWriteOnce", description="ReadWriteMany lets replicas on several nodes share the claim."
     )
 
 
@@ -151,13 +157,12 @@ class ModelSpec(Resource):
             ),
         ),
     )
-    token_secret_ref: SecretKeyRef | None = Field(None, description="Hugging Face token, for gated models.")
+    token_secret_ref: SecretKeyRef | None = Field(default=None, description="Hugging Face token, for gated models.")
     cache: Claim | None = Field(
-        None, description="Where an hf:// model is kept between restarts; the pod's own disk when absent."
+        default=None, description="Where an hf:// model is kept between restarts; the pod's own disk when absent."
     )
 
 
-_PAGED = [*FORMAT_NAMES[: -len(ENGINE_FORMATS) - 1]]
 _ENGINE_CEL = "[" + ", ".join(f"'{name}'" for name in ENGINE_FORMATS) + "]"
 
 
@@ -183,26 +188,30 @@ class KVCacheSpec(Resource):
         )
     )
 
-    format: Literal[FORMAT_NAMES] = Field(  # type: ignore[valid-type]
+    format: Annotated[str, WithJsonSchema({"type": "string", "enum": list(FORMAT_NAMES)})] = Field(
         DEFAULT_FORMAT,
         description=f"mq3 is k42v3 and mq4 is k4v4. Paged: {', '.join(PAGED_FORMATS)}. {SEED3.name} serves mode shadow;"
         " bf16 and fp8 are the engine's own.",
     )
     mode: Literal["compressed", "shadow", "off"] | None = Field(
-        None,
+        default=None,
         description="compressed: pages hold codes. shadow: the engine's cache serves, each write is also compressed"
         " and measured. off: the engine's cache alone. Default: what the format can do.",
     )
     calibration: Literal["auto", "off"] = Field(
-        "auto", description="auto: a key transform from a short text before serving, kept in kernelCache."
+        default="auto", description="auto: a key transform from a short text before serving, kept in kernelCache."
     )
     skip_layers: Annotated[list[Annotated[int, Field(ge=0, le=1023)]], Field(max_length=256)] | None = Field(
-        None, description="Layers kept in the engine's own format.", json_schema_extra={"x-kubernetes-list-type": "set"}
+        default=None,
+        description="Layers kept in the engine's own format.",
+        json_schema_extra={"x-kubernetes-list-type": "set"},
     )
-    sink_tokens: int = Field(DEFAULT_SINK_TOKENS, ge=0, le=1024, description="First tokens that stay exact.")
-    recent_tokens: int = Field(DEFAULT_RECENT_TOKENS, ge=0, le=65536, description="Newest tokens that stay exact.")
+    sink_tokens: int = Field(default=DEFAULT_SINK_TOKENS, ge=0, le=1024, description="First tokens that stay exact.")
+    recent_tokens: int = Field(
+        default=DEFAULT_RECENT_TOKENS, ge=0, le=65536, description="Newest tokens that stay exact."
+    )
     memory: Quantity | None = Field(
-        None,
+        default=None,
         description="Bytes of KV cache a server (--kv-cache-memory-bytes), e.g. 1Gi. Replaces"
         " engine.gpuMemoryUtilization; set it for accelerator cpu.",
         json_schema_extra=rules(
@@ -261,19 +270,22 @@ OWNED_FLAGS = {
 class EngineSpec(Resource):
     """vLLM's settings."""
 
-    max_model_len: int | None = Field(None, ge=1, le=10_000_000, description="Longest context in tokens.")
-    max_num_seqs: int | None = Field(None, ge=1, le=65536, description="Most requests in one step.")
+    max_model_len: int | None = Field(default=None, ge=1, le=10_000_000, description="Longest context in tokens.")
+    max_num_seqs: int | None = Field(default=None, ge=1, le=65536, description="Most requests in one step.")
     gpu_memory_utilization: float | None = Field(
-        None, ge=0.05, le=1.0, description="Share of a GPU's memory for weights and KV cache (the engine's default: 0.9)."
+        default=None,
+        ge=0.05,
+        le=1.0,
+        description="Share of a GPU's memory for weights and KV cache.",
     )
     tensor_parallel_size: int | None = Field(
-        None, ge=1, le=64, description="GPUs a server spreads over; resources.count when absent."
+        default=None, ge=1, le=64, description="GPUs a server spreads over; resources.count when absent."
     )
     served_model_name: Annotated[str, StringConstraints(min_length=1, max_length=253)] | None = Field(
-        None, description="Name in the OpenAI API; the resource's name when absent."
+        default=None, description="Name in the OpenAI API; the resource's name when absent."
     )
     extra_args: Annotated[list[Text], Field(max_length=64)] | None = Field(
-        None,
+        default=None,
         description="More flags of vLLM, each as one item: --flag=value.",
         json_schema_extra={
             "x-kubernetes-list-type": "atomic",
@@ -293,25 +305,27 @@ class EngineSpec(Resource):
         },
     )
     env: Annotated[list[EnvVar], Field(max_length=64)] | None = Field(
-        None,
+        default=None,
         description="More environment variables.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
     )
     image: Annotated[str, StringConstraints(min_length=1, max_length=512, pattern=r"^\S+$")] | None = Field(
-        None, description="Server image; the operator's image for the accelerator when absent."
+        default=None, description="Server image; the operator's image for the accelerator when absent."
     )
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = Field(
-        None, description="The operator's setting when absent."
+        default=None, description="The operator's setting when absent."
     )
     image_pull_secrets: Annotated[list[ObjectName], Field(max_length=16)] | None = Field(
-        None,
+        default=None,
         description="Names of Secrets for the registry, besides the operator's.",
         json_schema_extra={"x-kubernetes-list-type": "set"},
     )
     startup_timeout_seconds: int = Field(
-        3600, ge=60, le=86400, description="How long the server may take to load before it is restarted."
+        default=3600, ge=60, le=86400, description="How long the server may take to load before it is restarted."
     )
-    drain_seconds: int = Field(60, ge=0, le=3600, description="How long running requests may finish after a stop.")
+    drain_seconds: int = Field(
+        default=60, ge=0, le=3600, description="How long running requests may finish after a stop."
+    )
 
 
 class Toleration(Resource):
@@ -328,9 +342,9 @@ class Toleration(Resource):
 
     key: Annotated[str, StringConstraints(max_length=316)] | None = None
     operator: Literal["Equal", "Exists"] | None = None
-    value: Annotated[str, StringConstraints(max_length=63)] | None = None
+    value: LabelValue | None = None
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
-    toleration_seconds: int | None = Field(None, ge=0, le=86400)
+    toleration_seconds: int | None = Field(default=None, ge=0, le=86400)
 
 
 class ResourcesSpec(Resource):
@@ -351,16 +365,19 @@ class ResourcesSpec(Resource):
 
     accelerator: Annotated[
         str, StringConstraints(max_length=63, pattern=r"^(cpu|nvidia\.com/[a-z0-9]([a-z0-9.-]*[a-z0-9])?)$")
-    ] = Field(NVIDIA_GPU, description="Extended resource of the GPU (nvidia.com/gpu, or a MIG profile), or cpu.")
-    count: int = Field(1, ge=1, le=64, description="Accelerators a server.")
-    cpu: Quantity | None = Field(None, description="CPU request, in cores.")
-    memory: Quantity | None = Field(None, description="Memory request and limit, e.g. 16Gi.")
-    min_compute_capability: Annotated[str, StringConstraints(max_length=5, pattern=r"^[0-9]{1,2}\.[0-9]$")] | None = Field(
-        None, description="Oldest GPU that may serve, e.g. 8.0; uses the labels of GPU feature discovery where present."
+    ] = Field(
+        default=NVIDIA_GPU, description="Extended resource of the GPU (nvidia.com/gpu, or a MIG profile), or cpu."
     )
-    node_selector: Annotated[dict[str, Annotated[str, StringConstraints(max_length=63)]], Field(max_length=32)] | None = None
+    count: int = Field(default=1, ge=1, le=64, description="Accelerators a server.")
+    cpu: Quantity | None = Field(default=None, description="CPU request, in cores.")
+    memory: Quantity | None = Field(default=None, description="Memory request and limit, e.g. 16Gi.")
+    min_compute_capability: ComputeCapability | None = Field(
+        default=None,
+        description="Oldest GPU that may serve, e.g. 8.0; uses the labels of GPU feature discovery where present.",
+    )
+    node_selector: Annotated[dict[str, LabelValue], Field(max_length=32)] | None = None
     tolerations: Annotated[list[Toleration], Field(max_length=32)] | None = Field(
-        None, json_schema_extra={"x-kubernetes-list-type": "atomic"}
+        default=None, json_schema_extra={"x-kubernetes-list-type": "atomic"}
     )
     runtime_class_name: ObjectName | None = None
     priority_class_name: ObjectName | None = None
@@ -401,10 +418,10 @@ class AutoscalingSpec(Resource):
         )
     )
 
-    min_replicas: int = Field(1, ge=1, le=1000)
+    min_replicas: int = Field(default=1, ge=1, le=1000)
     max_replicas: int = Field(ge=1, le=1000)
     metric: Annotated[str, StringConstraints(min_length=1, max_length=253)] = Field(
-        "cpu", description="cpu (percent of the request), or a pods metric of the cluster's metrics adapter."
+        default="cpu", description="cpu (percent of the request), or a pods metric of the cluster's metrics adapter."
     )
     target: Quantity = Field(description="Average a pod: percent for cpu, else the metric's own unit.")
 
@@ -429,7 +446,7 @@ class ServiceSpec(Resource):
     """The Service in front of the servers."""
 
     type: Literal["ClusterIP", "NodePort", "LoadBalancer"] = "ClusterIP"
-    port: int = Field(8000, ge=1, le=65535)
+    port: int = Field(default=8000, ge=1, le=65535)
     annotations: Annotated[dict[str, Text], Field(max_length=32)] | None = None
 
 
@@ -437,10 +454,10 @@ class NetworkPolicySpec(Resource):
     """Who may reach the servers, where the cluster's network enforces it."""
 
     enabled: bool = Field(
-        False, description="Allow only pods of this namespace, of allowedNamespaces and the operator."
+        default=False, description="Allow only pods of this namespace, of allowedNamespaces and the operator."
     )
     allowed_namespaces: Annotated[list[ObjectName], Field(max_length=64)] | None = Field(
-        None, json_schema_extra={"x-kubernetes-list-type": "set"}
+        default=None, json_schema_extra={"x-kubernetes-list-type": "set"}
     )
 
 
@@ -487,19 +504,21 @@ class QuantizedModelSpec(Resource):
     )
 
     model: ModelSpec
-    kv_cache: KVCacheSpec = Field(default_factory=KVCacheSpec)
-    engine: EngineSpec = Field(default_factory=EngineSpec)
-    resources: ResourcesSpec = Field(default_factory=ResourcesSpec)
-    kernel_cache: KernelCacheSpec = Field(default_factory=KernelCacheSpec)
-    replicas: int = Field(1, ge=0, le=1000, description="Servers. An autoscaler sets it when autoscaling is given.")
+    kv_cache: KVCacheSpec = KVCacheSpec()
+    engine: EngineSpec = EngineSpec()
+    resources: ResourcesSpec = ResourcesSpec()
+    kernel_cache: KernelCacheSpec = KernelCacheSpec()
+    replicas: int = Field(
+        default=1, ge=0, le=1000, description="Servers. An autoscaler sets it when autoscaling is given."
+    )
     autoscaling: AutoscalingSpec | None = None
-    disruption: DisruptionSpec = Field(default_factory=DisruptionSpec)
-    service: ServiceSpec = Field(default_factory=ServiceSpec)
-    network_policy: NetworkPolicySpec = Field(default_factory=NetworkPolicySpec)
-    api_key_secret_ref: SecretKeyRef | None = Field(None, description="Key that clients of the API must send.")
-    suspend: bool = Field(False, description="Stop the servers, keep the claims and the Service.")
+    disruption: DisruptionSpec = DisruptionSpec()
+    service: ServiceSpec = ServiceSpec()
+    network_policy: NetworkPolicySpec = NetworkPolicySpec()
+    api_key_secret_ref: SecretKeyRef | None = Field(default=None, description="Key that clients of the API must send.")
+    suspend: bool = Field(default=False, description="Stop the servers, keep the claims and the Service.")
     plan_only: bool = Field(
-        False, description="Resolve the model and estimate the cache in a Job, without starting a server."
+        default=False, description="Resolve the model and estimate the cache in a Job, without starting a server."
     )
 
 
@@ -522,13 +541,13 @@ class Condition(Resource):
 class KernelStatus(Resource):
     """The kernels that serve."""
 
-    sm_arch: str | None = Field(None, description="e.g. sm_90a, cpu-avx512, or torch for the PyTorch path.")
-    digest: str | None = Field(None, description="Key of the compiled kernels in the cache.")
-    source: str | None = Field(None, description="Built, Cached or Prebuilt.")
+    sm_arch: str | None = Field(default=None, description="e.g. sm_90a, cpu-avx512, or torch for the PyTorch path.")
+    digest: str | None = Field(default=None, description="Key of the compiled kernels in the cache.")
+    source: str | None = Field(default=None, description="Built, Cached or Prebuilt.")
     build_seconds: float | None = None
-    transform: str | None = Field(None, description="Key transform: hadamard, gain, dense or none.")
-    calibration: str | None = Field(None, description="Calibrated, Cached, Off, Failed or NotApplicable.")
-    message: str | None = Field(None, description="Why a slower path was taken, when it was.")
+    transform: str | None = Field(default=None, description="Key transform: hadamard, gain, dense or none.")
+    calibration: str | None = Field(default=None, description="Calibrated, Cached, Off, Failed or NotApplicable.")
+    message: str | None = Field(default=None, description="Why a slower path was taken, when it was.")
 
 
 class KVCacheStatus(Resource):
@@ -538,17 +557,21 @@ class KVCacheStatus(Resource):
     mode: str | None = None
     bits_per_element: float | None = None
     bytes_per_token: int | None = None
-    compression_ratio: float | None = Field(None, description="Tokens in the same bytes, against the engine's dtype.")
-    capacity_tokens: int | None = Field(None, description="Tokens that fit, summed over the servers.")
-    capacity_tokens_uncompressed: int | None = Field(None, description="In the same bytes, in the engine's dtype.")
-    saved_bytes: int | None = Field(None, description="Bytes that the same tokens would take on top.")
-    saved: str | None = Field(None, description="savedBytes for people, e.g. 3.1Gi.")
-    writes: int | None = Field(None, description="Cache write calls since the servers started.")
+    compression_ratio: float | None = Field(
+        default=None, description="Tokens in the same bytes, against the engine's dtype."
+    )
+    capacity_tokens: int | None = Field(default=None, description="Tokens that fit, summed over the servers.")
+    capacity_tokens_uncompressed: int | None = Field(
+        default=None, description="In the same bytes, in the engine's dtype."
+    )
+    saved_bytes: int | None = Field(default=None, description="Bytes that the same tokens would take on top.")
+    saved: str | None = Field(default=None, description="savedBytes for people, e.g. 3.1Gi.")
+    writes: int | None = Field(default=None, description="Cache write calls since the servers started.")
     vectors_compressed: int | None = None
-    errors: int | None = Field(None, description="Vectors that held NaN or infinity, stored as zero.")
-    cosine_similarity: float | None = Field(None, description="Mean over sampled keys and values.")
+    errors: int | None = Field(default=None, description="Vectors that held NaN or infinity, stored as zero.")
+    cosine_similarity: float | None = Field(default=None, description="Mean over sampled keys and values.")
     source: Literal["Estimated", "Measured"] | None = None
-    measured_at: str | None = Field(None, description="When these figures last changed.")
+    measured_at: str | None = Field(default=None, description="When these figures last changed.")
 
 
 class PodLoad(Resource):
@@ -568,10 +591,10 @@ class LoadStatus(Resource):
     requests_running: int | None = None
     requests_waiting: int | None = None
     generated_tokens_per_second: float | None = None
-    kv_usage_percent: int | None = Field(None, description="Mean over the servers.")
+    kv_usage_percent: int | None = Field(default=None, description="Mean over the servers.")
     preemptions: int | None = None
     pods: list[PodLoad] | None = Field(
-        None,
+        default=None,
         description="One row a server, for up to 16 servers.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["pod"]},
     )
@@ -583,10 +606,10 @@ class QuantizedModelStatus(Resource):
     observed_generation: int | None = None
     replicas: int | None = None
     ready_replicas: int | None = None
-    selector: str | None = Field(None, description="Label selector of the servers, for /scale.")
-    endpoint: str | None = Field(None, description="Base URL of the OpenAI API inside the cluster.")
+    selector: str | None = Field(default=None, description="Label selector of the servers, for /scale.")
+    endpoint: str | None = Field(default=None, description="Base URL of the OpenAI API inside the cluster.")
     conditions: list[Condition] | None = Field(
-        None, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
+        default=None, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
     )
     kernel: KernelStatus | None = None
     kv_cache: KVCacheStatus | None = None
@@ -608,4 +631,4 @@ class QuantizedModel(Resource):
 
     metadata: ObjectMeta
     spec: QuantizedModelSpec
-    status: QuantizedModelStatus = Field(default_factory=QuantizedModelStatus)
+    status: QuantizedModelStatus = QuantizedModelStatus()

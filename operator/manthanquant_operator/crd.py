@@ -169,7 +169,7 @@ def render_chart_template() -> str:
     marker = f"metadata:\n  name: {CRD_NAME}\n"
     metadata = (
         marker
-        + "  labels:\n    {{- include \"manthanquant.labels\" . | nindent 4 }}\n"
+        + '  labels:\n    {{- include "manthanquant.labels" . | nindent 4 }}\n'
         + "  {{- if .Values.crds.keep }}\n  annotations:\n    helm.sh/resource-policy: keep\n  {{- end }}\n"
     )
     if body.count(marker) != 1 or "{{" in body:

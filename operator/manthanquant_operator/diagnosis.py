@@ -17,7 +17,7 @@ _QUIET_REASONS = {"", "ContainerCreating", "PodInitializing"}
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a pod does not serve. `reason` is a condition's reason; `container` is empty where the pod as a whole fails."""
+    """Why a pod does not serve. `reason` is a condition's reason; without a `container` the whole pod fails."""
 
     reason: str
     message: str
@@ -46,7 +46,8 @@ def diagnose(pod: PodFacts) -> Failure | None:
     if pod.unschedulable:
         return Failure("Unschedulable", f"pod {pod.name} cannot be scheduled: {pod.unschedulable}")
     if pod.phase == "Failed":
-        return Failure(pod.reason or "PodFailed", f"pod {pod.name} failed: {pod.message or pod.reason or 'no reason given'}")
+        why = pod.message or pod.reason or "no reason given"
+        return Failure(pod.reason or "PodFailed", f"pod {pod.name} failed: {why}")
     return None
 
 

@@ -108,9 +108,9 @@ def owned_fields(body: Object) -> str:
     whatever the API server does to spell a value its own way.
     """
     for entry in body.get("metadata", {}).get("managedFields") or ():
-        if entry.get("manager") == names.FIELD_MANAGER and entry.get("operation") == "Apply":
-            if not entry.get("subresource"):
-                return hashlib.sha256(json.dumps(entry.get("fieldsV1"), sort_keys=True).encode()).hexdigest()[:16]
+        ours = entry.get("manager") == names.FIELD_MANAGER and entry.get("operation") == "Apply"
+        if ours and not entry.get("subresource"):
+            return hashlib.sha256(json.dumps(entry.get("fieldsV1"), sort_keys=True).encode()).hexdigest()[:16]
     return ""
 
 
@@ -143,7 +143,6 @@ def pod(body: Object) -> PodFacts:
     metadata, status = body["metadata"], body.get("status") or {}
     conditions = {c["type"]: c for c in status.get("conditions") or ()}
     scheduled = conditions.get("PodScheduled", {})
-    unschedulable = scheduled.get("status") == "False" and scheduled.get("message") or ""
     return PodFacts(
         name=metadata["name"],
         uid=metadata["uid"],
@@ -155,7 +154,7 @@ def pod(body: Object) -> PodFacts:
         message=status.get("message", ""),
         ready=conditions.get("Ready", {}).get("status") == "True",
         terminating=bool(metadata.get("deletionTimestamp")),
-        unschedulable=unschedulable,
+        unschedulable=scheduled.get("message", "") if scheduled.get("status") == "False" else "",
         init=_containers(status.get("initContainerStatuses")),
         containers=_containers(status.get("containerStatuses")),
     )

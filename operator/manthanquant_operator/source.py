@@ -9,6 +9,7 @@ from typing import Literal
 from .errors import SpecError
 
 FIELD = "spec.model.uri"
+_FORMS = "use hf://org/name, pvc://claim/path or file:///path"
 Scheme = Literal["hf", "pvc", "file"]
 
 
@@ -28,16 +29,14 @@ def parse(uri: str, allowed_host_paths: tuple[str, ...]) -> Source:
     """Takes a URI apart. Raises `SpecError` where this cluster does not serve it."""
     scheme, separator, rest = uri.partition("://")
     if not separator or not rest:
-        raise SpecError(FIELD, f"{uri!r} is not a URI", "use hf://org/name, pvc://claim/path or file:///path")
+        raise SpecError(FIELD, f"{uri!r} is not a URI", _FORMS)
     if scheme == "hf":
         return Source("hf")
     if scheme == "pvc":
         return Source("pvc", rest.partition("/")[0])
     if scheme == "file":
         return Source("file", _allowed(rest, allowed_host_paths))
-    raise SpecError(
-        FIELD, f"{scheme}:// is not supported", "use hf://org/name, pvc://claim/path or file:///path", "SchemeUnsupported"
-    )
+    raise SpecError(FIELD, f"{scheme}:// is not supported", _FORMS, "SchemeUnsupported")
 
 
 def _allowed(path: str, prefixes: tuple[str, ...]) -> str:

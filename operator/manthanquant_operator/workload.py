@@ -104,9 +104,6 @@ def _server(qm: QuantizedModel, plan: Plan) -> dict[str, Any]:
     if key := qm.spec.api_key_secret_ref:
         server["env"].append({"name": "VLLM_API_KEY", "valueFrom": _secret(key.name, key.key)})
     server["volumeMounts"].append({"name": "shm", "mountPath": "/dev/shm"})
-    for mount in server["volumeMounts"]:
-        if mount["name"] == "models":
-            mount["readOnly"] = True
     return server
 
 
@@ -171,6 +168,9 @@ def _pod(qm: QuantizedModel, plan: Plan) -> dict[str, Any]:
 
 def _container(qm: QuantizedModel, plan: Plan, name: str, own: dict[str, Any]) -> dict[str, Any]:
     """A container of the server image: both have the same devices, environment and volumes."""
+    models: dict[str, Any] = {"name": "models", "mountPath": contract.MODEL_DIR}
+    if not plan.source.is_remote or name == contract.SERVER_CONTAINER:  # only a download writes there
+        models["readOnly"] = True
     return {
         "name": name,
         "image": plan.image,
@@ -184,7 +184,7 @@ def _container(qm: QuantizedModel, plan: Plan, name: str, own: dict[str, Any]) -
             "capabilities": {"drop": ["ALL"]},
         },
         "volumeMounts": [
-            {"name": "models", "mountPath": contract.MODEL_DIR, **({} if plan.source.is_remote else {"readOnly": True})},
+            models,
             {"name": "kernels", "mountPath": contract.KERNEL_CACHE_DIR},
             {"name": "work", "mountPath": contract.WORK_DIR},
             {"name": "tmp", "mountPath": "/tmp"},
