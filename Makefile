@@ -20,6 +20,11 @@ cluster-down: python3 ## stop it and remove all it made
 cluster-status: python3 ## show its nodes and pods, and how to reach it
 	$(LOCALCLUSTER) status
 
+.PHONY: crds
+crds: ## write the CustomResourceDefinition and the chart's copy of it anew from the operator's models
+	PYTHONPATH=.:operator python3 -m manthanquant_operator crd > crds/quantizedmodels.manthanquant.io.yaml
+	PYTHONPATH=.:operator python3 -m manthanquant_operator crd --chart > charts/manthanquant/templates/crd-quantizedmodels.yaml
+
 .PHONY: python3
 python3:
 ifeq ($(PYTHON3),)

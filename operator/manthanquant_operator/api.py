@@ -189,7 +189,7 @@ class KVCacheSpec(Resource):
     )
 
     format: Annotated[str, WithJsonSchema({"type": "string", "enum": list(FORMAT_NAMES)})] = Field(
-        DEFAULT_FORMAT,
+        default=DEFAULT_FORMAT,
         description=f"mq3 is k42v3 and mq4 is k4v4. Paged: {', '.join(PAGED_FORMATS)}. {SEED3.name} serves mode shadow;"
         " bf16 and fp8 are the engine's own.",
     )

@@ -13,7 +13,9 @@ from .settings import Settings
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of child. `prune`: delete it when it is no longer wanted; claims hold data and wait for their owner."""
+    """A kind of child. `prune`: delete one that is no longer wanted. Accounts are always wanted, and claims hold data:
+    only the end of their model ends them.
+    """
 
     name: str
     group_version: str
@@ -32,7 +34,7 @@ class Kind:
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("ServiceAccount", "v1", "serviceaccounts"),
+        Kind("ServiceAccount", "v1", "serviceaccounts", prune=False),
         Kind("PersistentVolumeClaim", "v1", "persistentvolumeclaims", prune=False),
         Kind("Service", "v1", "services"),
         Kind("NetworkPolicy", "networking.k8s.io/v1", "networkpolicies"),

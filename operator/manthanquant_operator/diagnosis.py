@@ -68,8 +68,8 @@ def is_silent(pod: PodFacts) -> bool:
     containers = (*pod.init, *pod.containers)
     return (
         pod.phase == "Pending"
+        and bool(pod.node)
         and not pod.terminating
-        and not pod.unschedulable
         and not any(c.running or c.latest_end for c in containers)
         and all(c.waiting_reason in _QUIET_REASONS for c in containers)
     )
@@ -83,7 +83,7 @@ def _step(pod: PodFacts) -> str:
             return f"container {container.name} is {'starting' if container in pod.containers else 'running'}"
         if container.terminated is None:
             return f"container {container.name} waits ({container.waiting_reason or 'to be created'})"
-    return "waiting for the scheduler" if not pod.ip and pod.phase == "Pending" else pod.phase or "new"
+    return "waiting for the kubelet" if pod.node else "waiting for the scheduler"
 
 
 def _container_failure(pod: PodFacts, container: ContainerFacts) -> Failure | None:

@@ -50,6 +50,7 @@ class PodFacts:
     uid: str
     component: str
     created: str
+    node: str  # empty until it is scheduled
     ip: str
     phase: str
     reason: str
@@ -148,6 +149,7 @@ def pod(body: Object) -> PodFacts:
         uid=metadata["uid"],
         component=(metadata.get("labels") or {}).get(names.COMPONENT_LABEL, ""),
         created=metadata.get("creationTimestamp", ""),
+        node=(body.get("spec") or {}).get("nodeName", ""),
         ip=status.get("podIP", ""),
         phase=status.get("phase", ""),
         reason=status.get("reason", ""),

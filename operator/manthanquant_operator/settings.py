@@ -43,7 +43,7 @@ class LeaderElection(_Section):
     enabled: bool = True
     namespace: str = "default"
     name: str = "manthanquant-operator"
-    lease_seconds: Annotated[float, Field(ge=3, le=600)] = 15
+    lease_seconds: Annotated[int, Field(ge=3, le=600)] = 15
 
 
 class Settings(_Section):

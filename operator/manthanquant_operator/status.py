@@ -38,7 +38,9 @@ class Observed:
         return [pod for pod in self.servers if pod.ready and not pod.terminating]
 
 
-def refused(qm: QuantizedModel, reason: str, message: str, time: str) -> QuantizedModelStatus:
+def refused(
+    before: QuantizedModelStatus, generation: int, reason: str, message: str, time: str
+) -> QuantizedModelStatus:
     """The status of a spec that cannot be carried out. Figures of what still runs stay as they are."""
     waits: Verdict = ("Unknown", reason, "waits for Planned")
     now: dict[ConditionType, Verdict] = {
@@ -49,11 +51,10 @@ def refused(qm: QuantizedModel, reason: str, message: str, time: str) -> Quantiz
         "TelemetryAvailable": waits,
         "Ready": ("False", reason, message),
     }
-    generation = qm.metadata.generation
-    return qm.status.model_copy(
+    return before.model_copy(
         update={
             "observed_generation": generation,
-            "conditions": conditions.merge(qm.status.conditions or (), now, time, generation),
+            "conditions": conditions.merge(before.conditions or (), now, time, generation),
         }
     )
 

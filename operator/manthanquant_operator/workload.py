@@ -41,7 +41,7 @@ def deployment(qm: QuantizedModel, plan: Plan) -> dict[str, Any]:
                 "metadata": {"labels": names.labels(qm, names.SERVER)},
                 "spec": {
                     **_pod(qm, plan),
-                    "initContainers": [_container(qm, plan, contract.PREPARE_CONTAINER, _PREPARE)],
+                    "initContainers": [_prepare(qm, plan)],
                     "containers": [_server(qm, plan)],
                     "terminationGracePeriodSeconds": ENDPOINT_REMOVAL_SECONDS
                     + qm.spec.engine.drain_seconds
@@ -59,7 +59,7 @@ def plan_job(qm: QuantizedModel, plan: Plan) -> dict[str, Any]:
         "spec": {
             **_pod(qm, plan),
             "restartPolicy": "Never",
-            "containers": [_container(qm, plan, contract.PREPARE_CONTAINER, _PREPARE)],
+            "containers": [_prepare(qm, plan)],
         },
     }
     digest = hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()[:7]
@@ -71,12 +71,21 @@ def plan_job(qm: QuantizedModel, plan: Plan) -> dict[str, Any]:
     }
 
 
-_PREPARE = {
-    "command": ["manthanquant", "prepare"],
-    # Its result is this file, so it must not be replaced by the log's end on failure.
-    "terminationMessagePath": contract.TERMINATION_LOG,
-    "terminationMessagePolicy": "File",
-}
+def _prepare(qm: QuantizedModel, plan: Plan) -> dict[str, Any]:
+    """Resolves the model, builds or finds the kernels, and writes what it found as its termination message."""
+    prepare = _container(
+        qm,
+        plan,
+        contract.PREPARE_CONTAINER,
+        {
+            "command": ["manthanquant", "prepare"],
+            "terminationMessagePath": contract.TERMINATION_LOG,
+            "terminationMessagePolicy": "File",  # its result must not be replaced by the log's end
+        },
+    )
+    if token := qm.spec.model.token_secret_ref:
+        prepare["env"].append({"name": "HF_TOKEN", "valueFrom": _secret(token.name, token.key)})
+    return prepare
 
 
 def _server(qm: QuantizedModel, plan: Plan) -> dict[str, Any]:
@@ -211,8 +220,6 @@ def _environment(qm: QuantizedModel, plan: Plan) -> list[dict[str, Any]]:
     if cache.skip_layers:
         values[contract.ENV_SKIP_LAYERS] = ",".join(map(str, sorted(cache.skip_layers)))
     env: list[dict[str, Any]] = [{"name": name, "value": value} for name, value in values.items()]
-    if token := spec.model.token_secret_ref:
-        env.append({"name": "HF_TOKEN", "valueFrom": _secret(token.name, token.key)})
     own = {item["name"] for item in env}
     for variable in spec.engine.env or ():
         if variable.name in own:  # the user's value wins: a list with two entries of one name cannot be applied
