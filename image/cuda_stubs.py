@@ -7,8 +7,8 @@ CPU image leaves those out and puts these libraries beside PyTorch's own, where 
 for one missing soname and defines the symbols that the dynamic linker reports as unresolved. Every function returns
 `cudaErrorNoDevice`, so PyTorch sees a machine without a GPU: `torch.cuda.is_available()` is False.
 
-Needs `ldd`, `nm`, `readelf` and `gcc`. Where an index with `+cpu` wheels can be reached, use that instead (the Dockerfile's
-TORCH_CPU_INDEX).
+Needs `ldd`, `nm`, `readelf` and `gcc`. Where an index with `+cpu` wheels can be reached, use that instead: the
+Dockerfile's TORCH_CPU_INDEX.
 """
 
 from __future__ import annotations
