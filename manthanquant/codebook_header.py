@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from manthanquant.codebook import INT8_LIMIT, codebook
+from manthanquant.codebook import INT8_LIMIT, codebook, lloyd_max, midpoints
+from manthanquant.formats import SEED3
 
 _BOOK = """
 template <>
@@ -45,5 +46,22 @@ namespace mq {{
 template <int kBits>
 struct Codebook;
 {books}
+}}  // namespace mq
+"""
+
+
+def seed_codebook_header() -> str:
+    """The text of `seed_codebook.h`: the exact Lloyd-Max levels that the seed format uses, at unit variance."""
+    levels = lloyd_max(SEED3.bits)
+    return f"""// Generated from manthanquant/codebook.py.
+#pragma once
+
+namespace mq {{
+
+struct SeedCodebook {{
+    float levels[{len(levels)}] = {{{_floats(levels)}}};  // ascending
+    float boundaries[{len(levels) - 1}] = {{{_floats(midpoints(levels))}}};
+}};
+
 }}  // namespace mq
 """

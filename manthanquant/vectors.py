@@ -10,9 +10,12 @@ from torch import Tensor
 
 from manthanquant import formats
 from manthanquant.codebook import lloyd_max, midpoints
+from manthanquant.cuda import vectors as vectors_cuda
 from manthanquant.packing import pack_bitstream, unpack_bitstream
 from manthanquant.quantize import dequantize, quantize
 from manthanquant.transform import hadamard_transform
+
+_SUM_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -48,21 +51,20 @@ def encode(x: Tensor, format: str = "seed3") -> Encoded:
     """Codes `x` `[N, D]`, bf16, fp16 or fp32, any strides, N = 0 allowed.
 
     `seed3` takes any D; the paged formats take their supported head sizes and code with the key side's bits behind a
-    Hadamard rotation. Raises `ValueError` for another shape or dtype, or where `x` holds NaN or an infinity (the
-    message names the first such row), and `FormatError` for an unknown format.
+    Hadamard rotation. Raises `ValueError` for another shape or dtype, or where `x` holds NaN, an infinity or,
+    for `seed3`, a vector whose squared norm overflows fp32 (the message names the first such row), and `FormatError`
+    for an unknown format. On a GPU, `seed3` takes one kernel and the check of its result.
     """
     if x.dim() != 2 or x.shape[1] == 0:
         raise ValueError(f"x: expected [N, D] with D > 0, got shape {tuple(x.shape)}: reshape it to two dimensions")
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"x: dtype {x.dtype} is not supported: use bfloat16, float16 or float32")
     fmt = formats.get(format)
-    finite = torch.isfinite(x).all(1)
-    if not bool(finite.all()):
-        row = int((~finite).nonzero()[0])
-        raise ValueError(f"x: row {row} holds NaN or an infinity: remove such rows before encoding")
     if isinstance(fmt, formats.SeedFormat):
-        codes, scales = _encode_seed(x.float(), fmt)
+        codes, scales = vectors_cuda.encode(x) if x.is_cuda else _encode_seed(x.float(), fmt)
+        _check_finite(scales.view(torch.float32), "an infinity, or its squared norm is beyond fp32")
         return Encoded(fmt.name, x.shape[1], codes, scales, x.dtype)
+    _check_finite(x, "an infinity")
     y = hadamard_transform(fmt, "key", x.shape[1]).apply(x[:, None])[:, 0]
     coded = quantize(y, fmt, "key")
     parts = zip(fmt.key_bits, coded.codes.split(fmt.segments("key", x.shape[1]), 1))
@@ -74,6 +76,8 @@ def decode(encoded: Encoded) -> Tensor:
     """Vectors `[N, D]` in the dtype that was encoded."""
     fmt = formats.get(encoded.format)
     if isinstance(fmt, formats.SeedFormat):
+        if encoded.codes.is_cuda:
+            return vectors_cuda.decode(encoded.codes, encoded.scales, encoded.head_size, encoded.dtype)
         return _decode_seed(encoded, fmt).to(encoded.dtype)
     codes, first = [], 0
     for bits, size in zip(fmt.key_bits, fmt.segments("key", encoded.head_size)):
@@ -84,21 +88,40 @@ def decode(encoded: Encoded) -> Tensor:
     return hadamard_transform(fmt, "key", encoded.head_size).undo(y[:, None])[:, 0].to(encoded.dtype)
 
 
+def _check_finite(rows: Tensor, what: str) -> None:
+    finite = torch.isfinite(rows).all(1)
+    if not bool(finite.all()):
+        row = int((~finite).nonzero()[0])
+        raise ValueError(f"x: row {row} holds NaN or {what}: remove such rows before encoding")
+
+
 def _encode_seed(x: Tensor, fmt: formats.SeedFormat) -> tuple[Tensor, Tensor]:
     """Radius |x| in fp32, and the Lloyd-Max cell of each element of `x sqrt(D) / |x|`.
 
-    The squares are summed in fp64, so that the rounded radius does not depend on the order of the sum and a kernel can
-    match this bit by bit; the factor is one fp32 division, the product one fp32 multiplication.
+    Every step is one IEEE fp32 operation and `_square` fixes the order of the sum, so a kernel can match all bits.
     """
     boundaries = torch.tensor(midpoints(lloyd_max(fmt.bits)), device=x.device)
-    radius = x.double().square().sum(1, keepdim=True).sqrt().float()
+    radius = _square(x).sqrt()
     unit = x * (torch.tensor(math.sqrt(x.shape[1]), device=x.device) / radius.clamp_min(1e-30))
     codes = torch.bucketize(unit.contiguous(), boundaries).to(torch.uint8)
     return pack_bitstream(codes, fmt.bits), radius.view(torch.uint8).view(x.shape[0], fmt.radius_bytes)
+
+
+def _square(x: Tensor) -> Tensor:
+    """|x|^2, fp32 `[N, 1]`: neighbours are added until one is left of each block of 256, then the blocks in order."""
+    blocks = -(-x.shape[1] // _SUM_BLOCK)
+    padding = blocks * _SUM_BLOCK - x.shape[1]
+    squares = torch.nn.functional.pad(x * x, (0, padding)).view(-1, blocks, _SUM_BLOCK)
+    while squares.shape[2] > 1:
+        squares = squares[..., 0::2] + squares[..., 1::2]
+    total = squares[:, 0]
+    for block in squares[:, 1:].unbind(1):
+        total = total + block
+    return total
 
 
 def _decode_seed(encoded: Encoded, fmt: formats.SeedFormat) -> Tensor:
     levels = torch.tensor(lloyd_max(fmt.bits), device=encoded.codes.device)
     codes = unpack_bitstream(encoded.codes, fmt.bits, encoded.head_size).long()
     radius = encoded.scales.contiguous().view(torch.float32)
-    return levels[codes] * (radius / math.sqrt(encoded.head_size))
+    return levels[codes] * (radius * encoded.head_size**-0.5)

@@ -1,4 +1,7 @@
-"""Which instruction set to compile for. A CPU is one of three levels; each is a superset of the next."""
+"""Which instruction set to compile for.
+
+A CPU is one of three levels; each is a superset of the next. A GPU is what its compute capability names.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +29,8 @@ class Arch:
     cpu_features: frozenset[str] = frozenset()
 
 
-# The AVX-512 path wants byte permutes (VBMI) and int8 dot products (VNNI): Ice Lake, Zen 4 and newer. A CPU with an older
-# AVX-512 runs the AVX2 path.
+# The AVX-512 path wants byte permutes (VBMI) and int8 dot products (VNNI): Ice Lake, Zen 4 and newer. A CPU with an
+# older AVX-512 runs the AVX2 path.
 _AVX2 = ("avx2", "fma", "f16c")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vbmi", "avx512_vnni")
 _CPUINFO_NAMES = {"avx512_vbmi": "avx512vbmi"}  # where the kernel's name is not the compiler's with `_`
@@ -65,9 +68,38 @@ def _cpu_features(cpuinfo: Path) -> frozenset[str]:
     return frozenset(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
 
 
+# The least compute capability that each serves; `a` has the instructions of that capability alone.
+_CUDA_CAPABILITIES = {"80": (8, 0), "86": (8, 6), "89": (8, 9), "90a": (9, 0), "100a": (10, 0), "120a": (12, 0)}
+CUDA_ARCHES = tuple(
+    Arch(f"sm_{name}", (f"-gencode=arch=compute_{name},code=sm_{name}",)) for name in _CUDA_CAPABILITIES
+)
+ARCHES = (*CPU_ARCHES, *CUDA_ARCHES)
+
+
+def is_cuda(arch: Arch) -> bool:
+    return arch in CUDA_ARCHES
+
+
+def cuda_arch(capability: tuple[int, int]) -> Arch:
+    """What a GPU of this compute capability runs: code of the same major and no higher minor version, `a` exactly.
+
+    Raises `JitError` for a capability that nothing here serves.
+    """
+    serving = [
+        arch
+        for arch, (name, least) in zip(CUDA_ARCHES, _CUDA_CAPABILITIES.items())
+        if (least == capability if name.endswith("a") else least[0] == capability[0] and least <= capability)
+    ]
+    if not serving:
+        names = ", ".join(f"{major}.{minor}" for major, minor in _CUDA_CAPABILITIES.values())
+        found = ".".join(map(str, capability))
+        raise JitError(f"a GPU of compute capability {found} is not supported: use one of {names}")
+    return serving[-1]
+
+
 def named(name: str) -> Arch:
     """The architecture called `name`. Raises `JitError` for an unknown one."""
-    for arch in CPU_ARCHES:
+    for arch in ARCHES:
         if arch.name == name:
             return arch
-    raise JitError(f"architecture {name!r} is unknown: use one of {', '.join(arch.name for arch in CPU_ARCHES)}")
+    raise JitError(f"architecture {name!r} is unknown: use one of {', '.join(arch.name for arch in ARCHES)}")

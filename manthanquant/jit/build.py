@@ -16,10 +16,11 @@ from types import ModuleType
 from typing import Literal
 
 from manthanquant.contract import ENV_CACHE_DIR
-from manthanquant.jit.arch import Arch
+from manthanquant.jit.arch import Arch, is_cuda
 from manthanquant.jit.cache import KernelCache, Rejected
 from manthanquant.jit.errors import JitError
 from manthanquant.jit.key import Key, make_key
+from manthanquant.jit.nvcc import CudaToolchain
 from manthanquant.jit.spec import Extension
 from manthanquant.jit.toolchain import CppToolchain, Toolchain
 
@@ -59,6 +60,10 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "manthanquant", "kernels")
 
 
+def toolchain_for(arch: Arch) -> Toolchain:
+    return CudaToolchain() if is_cuda(arch) else CppToolchain()
+
+
 def obtain(
     extension: Extension,
     arch: Arch,
@@ -73,7 +78,7 @@ def obtain(
     temporary directory for the life of this process. Either is said in one warning and in the result's message.
     Raises `JitError` where there is no kernel and none can be built.
     """
-    toolchain = toolchain or CppToolchain()
+    toolchain = toolchain or toolchain_for(arch)
     flags = toolchain.flags(arch)
     shipped_key = make_key(extension, arch, flags, compiler=None)
     shipped = KernelCache(prebuilt_dir).find(extension.name, shipped_key)
@@ -93,7 +98,7 @@ def obtain(
 
 def ship(extension: Extension, arch: Arch, directory: Path, *, toolchain: Toolchain | None = None) -> BuildResult:
     """Build into `directory`, laid out as a prebuilt one. Raises `JitError`, and `OSError` if it cannot be written."""
-    toolchain = toolchain or CppToolchain()
+    toolchain = toolchain or toolchain_for(arch)
     key = make_key(extension, arch, toolchain.flags(arch), compiler=None)
     return _find_or_build(KernelCache(directory), extension, arch, key, toolchain)
 

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from manthanquant.formats import DEFAULT_FORMAT, PAGED_FORMATS, SUPPORTED_HEAD_SIZES, FormatError, get_paged
-from manthanquant.jit.arch import CPU_ARCHES, detect_cpu, named
+from manthanquant.jit.arch import ARCHES, Arch, detect_cpu, is_cuda, named
 from manthanquant.jit.build import obtain, ship
 from manthanquant.jit.errors import JitError
-from manthanquant.jit.kernels import cpu_extension
+from manthanquant.jit.kernels import DTYPES, cpu_extension, cuda_extensions, vectors_extension
+from manthanquant.jit.spec import Extension
 
 HELP = "compile the kernels for this machine, or for others"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    arches, formats = ", ".join(arch.name for arch in CPU_ARCHES), ", ".join(PAGED_FORMATS)
+    arches, formats = ", ".join(arch.name for arch in ARCHES), ", ".join(PAGED_FORMATS)
     parser.add_argument("--arch", action="append", help=f"repeatable; default: this machine's. One of {arches}")
     parser.add_argument("--format", action="append", help=f"repeatable; default: {DEFAULT_FORMAT}. One of {formats}")
     parser.add_argument("--head-size", action="append", type=int, help=f"repeatable; default: {SUPPORTED_HEAD_SIZES}")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help=f"GPUs only; repeatable; default: {DTYPES[0]}")
     parser.add_argument("--output", type=Path, help="write a read-only set for an image here instead of the cache")
 
 
@@ -27,13 +30,25 @@ def run(args: argparse.Namespace) -> int:
     """Print one line a kernel; the exit status is 1 where one could not be built."""
     try:
         for arch in [named(name) for name in args.arch] if args.arch else [detect_cpu()]:
-            for fmt in [get_paged(name) for name in args.format or [DEFAULT_FORMAT]]:
-                for head_size in args.head_size or SUPPORTED_HEAD_SIZES:
-                    extension = cpu_extension(fmt, head_size)
-                    result = ship(extension, arch, args.output) if args.output else obtain(extension, arch)
-                    seconds = "" if result.seconds is None else f" in {result.seconds:.1f} s"
-                    print(f"{extension.name} {result.arch} {result.digest}: {result.source}{seconds}, {result.path}")
+            for extension in _extensions(arch, args):
+                result = ship(extension, arch, args.output) if args.output else obtain(extension, arch)
+                seconds = "" if result.seconds is None else f" in {result.seconds:.1f} s"
+                print(f"{extension.name} {result.arch} {result.digest}: {result.source}{seconds}, {result.path}")
     except (JitError, FormatError, OSError) as error:
         print(f"manthanquant build: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _extensions(arch: Arch, args: argparse.Namespace) -> Iterator[Extension]:
+    """What to build for one architecture, each kernel once."""
+    wanted: dict[str, Extension] = {}
+    for fmt in [get_paged(name) for name in args.format or [DEFAULT_FORMAT]]:
+        for head_size in args.head_size or SUPPORTED_HEAD_SIZES:
+            if is_cuda(arch):
+                found = [e for dtype in args.dtype or DTYPES[:1] for e in cuda_extensions(fmt, head_size, dtype)]
+                found.append(vectors_extension())
+            else:
+                found = [cpu_extension(fmt, head_size)]
+            wanted.update((extension.name, extension) for extension in found)
+    yield from wanted.values()

@@ -1,15 +1,17 @@
-"""The kernels there are: which extension serves a format and head size on an architecture."""
+"""The kernels there are: which extension serves a format, head size and dtype on an architecture."""
 
 from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
 
-from manthanquant.codebook_header import codebook_header
+from manthanquant.codebook_header import codebook_header, seed_codebook_header
 from manthanquant.formats import Format, check_head_size
 from manthanquant.jit.spec import Extension
 
 CSRC = Path(__file__).parent.parent / "csrc"
+_CUDA_TYPES = {"bfloat16": "__nv_bfloat16", "float16": "__half"}
+DTYPES = tuple(_CUDA_TYPES)
 
 
 @cache
@@ -23,4 +25,40 @@ def cpu_extension(fmt: Format, head_size: int) -> Extension:
         headers=(CSRC / "layout.h", *sorted(CSRC.glob("cpu_*.h"))),
         generated=(("codebook.h", codebook_header()),),
         flags=(f"-DMQ_MODULE={name}", f"-DMQ_FORMAT={fmt.name.upper()}", f"-DMQ_HEAD_SIZE={head_size}"),
+    )
+
+
+@cache
+def store_extension(fmt: Format, head_size: int, dtype: str) -> Extension:
+    """The CUDA store, for one format, head size and dtype of keys and values (`bfloat16` or `float16`)."""
+    check_head_size(head_size)
+    return _cuda_extension(
+        f"manthanquant_store_{fmt.name}_d{head_size}_{dtype}",
+        "store",
+        f"-DMQ_FORMAT={fmt.name.upper()}",
+        f"-DMQ_HEAD_SIZE={head_size}",
+        f"-DMQ_STORE_ELEMENT={_CUDA_TYPES[dtype]}",
+    )
+
+
+@cache
+def vectors_extension() -> Extension:
+    """The CUDA encode and decode of plain vectors: every dtype and size in one module."""
+    return _cuda_extension("manthanquant_vectors", "vectors")
+
+
+def cuda_extensions(fmt: Format, head_size: int, dtype: str) -> tuple[Extension, ...]:
+    """Every CUDA kernel that a model of this head size and dtype uses."""
+    return (store_extension(fmt, head_size, dtype),)
+
+
+def _cuda_extension(name: str, stem: str, *flags: str) -> Extension:
+    """`stem.cu` with its binding `stem_bindings.cpp`; all headers of `stem` and the shared ones go into the key."""
+    shared = (CSRC / "layout.h", CSRC / "bindings.h", *sorted(CSRC.glob("ptx*.cuh")))
+    return Extension(
+        name,
+        sources=(CSRC / f"{stem}.cu", CSRC / f"{stem}_bindings.cpp"),
+        headers=(*shared, *sorted(CSRC.glob(f"{stem}*.h")), *sorted(CSRC.glob(f"{stem}*.cuh"))),
+        generated=(("codebook.h", codebook_header()), ("seed_codebook.h", seed_codebook_header())),
+        flags=(f"-DMQ_MODULE={name}", *flags),
     )

@@ -45,15 +45,20 @@ class CppToolchain:
         return _compiler()[1]
 
     def compile(self, extension: Extension, arch: Arch, work: Path, output: Path) -> None:
-        compiler = _compiler()[0]
         directories = dict.fromkeys(path.parent for path in (*extension.sources, *extension.headers))
-        includes = [work, *directories, *_python_includes()]
-        options = [*self.flags(arch), *extension.flags, *(f"-I{path}" for path in includes)]
+        command = self.command(arch, [work, *directories], extension.flags)
         objects = [work / f"{source.stem}.o" for source in extension.sources]
-        compile_objects(
-            [[*compiler, *options, "-c", str(source), "-o", str(o)] for source, o in zip(extension.sources, objects)]
-        )
-        run([*compiler, "-shared", "-fopenmp", *map(str, objects), "-o", str(output)])
+        compile_objects([[*command, "-c", str(source), "-o", str(o)] for source, o in zip(extension.sources, objects)])
+        run([*self.linker(), *map(str, objects), "-o", str(output)])
+
+    def command(self, arch: Arch, includes: Sequence[Path], flags: Sequence[str]) -> list[str]:
+        """The start of a compile command: compiler, flags, and `includes` with Python's and pybind11's headers."""
+        directories = [*includes, *_python_includes()]
+        return [*_compiler()[0], *self.flags(arch), *flags, *(f"-I{path}" for path in directories)]
+
+    def linker(self) -> list[str]:
+        """The start of the command that links objects into a module."""
+        return [*_compiler()[0], "-shared", "-fopenmp"]
 
 
 def compile_objects(commands: Sequence[Sequence[str]]) -> None:
