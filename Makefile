@@ -10,15 +10,28 @@ LOCALCLUSTER = PYTHONPATH=tests python3 -m localcluster
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
+# -- the demo --------------------------------------------------------------------------------------------------------
+# CLUSTER=current uses the cluster of the current kubectl context; it says which images it needs there.
+CLUSTER ?= local
+DEMO = PYTHONPATH=tests python3 -m e2e.demo
+
+.PHONY: demo demo-down
+demo: python3 ## serve a small model on a 3-bit cache in Kubernetes, from nothing (CLUSTER=current: on your cluster)
+	@$(DEMO) up --cluster $(CLUSTER)
+
+demo-down: python3 ## remove what the demo made
+	@$(DEMO) down --cluster $(CLUSTER)
+
+# -- the local cluster -----------------------------------------------------------------------------------------------
 .PHONY: cluster cluster-down cluster-status
 cluster: python3 ## start a one-node Kubernetes cluster on this machine
-	$(LOCALCLUSTER) up
+	@$(LOCALCLUSTER) up
 
 cluster-down: python3 ## stop it and remove all it made
-	$(LOCALCLUSTER) down
+	@$(LOCALCLUSTER) down
 
 cluster-status: python3 ## show its nodes and pods, and how to reach it
-	$(LOCALCLUSTER) status
+	@$(LOCALCLUSTER) status
 
 .PHONY: crds
 crds: ## write the CustomResourceDefinition and the chart's copy of it anew from the operator's models
@@ -28,5 +41,5 @@ crds: ## write the CustomResourceDefinition and the chart's copy of it anew from
 .PHONY: python3
 python3:
 ifeq ($(PYTHON3),)
-	apt-get -qq update && apt-get -qq install --yes --no-install-recommends python3 >/dev/null
+	@apt-get -qq update && apt-get -qq install --yes --no-install-recommends python3 >/dev/null
 endif

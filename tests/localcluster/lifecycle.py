@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 from localcluster import binaries, cgroups, config, images, packages, paths, pki
 from localcluster.api import Api, ApiError
@@ -59,11 +60,12 @@ class Cluster:
             raise ClusterError(f"kubectl {' '.join(arguments)}: {done.stderr.strip()}")
         return done.stdout
 
-    def run_in_node(self, *command: str) -> str:
+    def run_in_node(self, *command: str, stdin: IO[bytes] | None = None) -> str:
         """Run a program of the host inside the node's namespaces; paths are those that the node sees."""
         enter = ["nsenter", "--target", str(self._init_pid()), "--mount", "--pid", "--net", "--uts", "--ipc", "--"]
         environment = {"PATH": packages.SYSTEM_PATH}
-        done = subprocess.run([*enter, *command], capture_output=True, text=True, env=environment)
+        source = stdin or subprocess.DEVNULL
+        done = subprocess.run([*enter, *command], stdin=source, capture_output=True, text=True, env=environment)
         if done.returncode:
             raise ClusterError(f"{' '.join(command)} in the node: {done.stderr.strip()}")
         return done.stdout
