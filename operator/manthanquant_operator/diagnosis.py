@@ -43,7 +43,7 @@ def diagnose(pod: PodFacts) -> Failure | None:
     for container in (*pod.init, *pod.containers):
         if failure := _container_failure(pod, container):
             return failure
-    if pod.unschedulable:
+    if pod.unschedulable and pod.phase == "Pending":
         return Failure("Unschedulable", f"pod {pod.name} cannot be scheduled: {pod.unschedulable}")
     if pod.phase == "Failed":
         why = pod.message or pod.reason or "no reason given"

@@ -70,6 +70,10 @@ class Cluster:
             raise ClusterError(f"{' '.join(command)} in the node: {done.stderr.strip()}")
         return done.stdout
 
+    def in_network(self, *command: str) -> list[str]:
+        """The command line that runs a program of the host with the cluster's network, and all else of the host."""
+        return ["nsenter", "--target", str(self._init_pid()), "--net", "--", *command]
+
     def import_image(self, archive: Path) -> None:
         """Load a docker-archive or OCI archive into the node's image store."""
         self.run_in_node("ctr", "--namespace", "k8s.io", "images", "import", str(archive.resolve()))
