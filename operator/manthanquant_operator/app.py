@@ -31,6 +31,7 @@ from .workqueue import WorkQueue
 logger = logging.getLogger(__name__)
 
 STUCK_SECONDS = 300.0
+FIRST_RATE_SECONDS = 1.0
 NEW_POD_SECONDS = 1.0  # servers that become ready together are read together
 
 
@@ -51,6 +52,7 @@ class App:
         self._scraper = Scraper(settings.telemetry)
         self._reconciler = Reconciler(cluster, self._watches, self._scraper, settings, now)
         self._leading = asyncio.Event()
+        self._scraped = asyncio.Event()  # the servers' figures are known, as far as they can be
         self._new_pod = asyncio.Event()
         self._seen_alive = {"resync": time.monotonic(), "telemetry": time.monotonic()}
 
@@ -117,20 +119,15 @@ class App:
         raise OperatorStopped("the Lease was lost: another operator may be acting")
 
     async def _worker(self) -> None:
-        await self._acting()
+        await self._scraped.wait()  # else a restart would take back what the status says, and say it again
         await self._queue.run(self._reconciler.reconcile)
-
-    async def _acting(self) -> None:
-        """Waits until this operator may act, and knows what exists."""
-        await self._leading.wait()
-        await self._watches.synced.wait()
 
     async def _resync(self) -> None:
         """Looks at every model now and then, by its own list: whatever a watch missed is made good."""
         while True:
             self._seen_alive["resync"] = time.monotonic()
             await asyncio.sleep(self._settings.resync_seconds)
-            if self._leading.is_set() and self._watches.synced.is_set():
+            if self._scraped.is_set():
                 try:
                     keys = await self._cluster.model_keys(self._settings.watch_namespaces)
                 except ApiError as error:
@@ -141,21 +138,30 @@ class App:
 
     async def _telemetry(self) -> None:
         """Reads the servers' statistics, and has the models reconciled whose figures changed."""
-        await self._acting()
+        await self._leading.wait()
+        await self._watches.synced.wait()
         async with aiohttp.ClientSession() as session:
+            for pause in (FIRST_RATE_SECONDS, 0):  # two readings make a rate
+                serving = self._serving()
+                await self._scraper.scrape(session, [pod for _, pod in serving])
+                await asyncio.sleep(pause if serving else 0)
+            self._scraped.set()
             while True:
                 self._seen_alive["telemetry"] = time.monotonic()
-                pods = [(key, pod) for key, pod in self._watches.all_pods() if pod.ready and not pod.terminating]
-                before = self._figures(pods)
-                await self._scraper.scrape(session, [pod for _, pod in pods])
-                after = self._figures(pods)
-                for key in after:
-                    if after[key] != before[key]:
-                        self._queue.add(key)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._new_pod.wait(), self._settings.telemetry.interval_seconds)
                     await asyncio.sleep(NEW_POD_SECONDS)
                 self._new_pod.clear()
+                serving = self._serving()
+                before = self._figures(serving)
+                await self._scraper.scrape(session, [pod for _, pod in serving])
+                after = self._figures(serving)
+                for key in after:
+                    if after[key] != before[key]:
+                        self._queue.add(key)
+
+    def _serving(self) -> list[tuple[Key, PodFacts]]:
+        return [(key, pod) for key, pod in self._watches.all_pods() if pod.ready and not pod.terminating]
 
     def _figures(self, pods: list[tuple[Key, PodFacts]]) -> dict[Key, list[Any]]:
         """What the status would show of each model's servers."""

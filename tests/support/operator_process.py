@@ -54,7 +54,7 @@ class OperatorProcess:
     folder: Path
     health_port: int = 8080
     process: subprocess.Popen[bytes] | None = None
-    starts: int = 0
+    _log_start: int = 0
     values: tuple[str, ...] = field(default=VALUES)
 
     def install(self) -> None:
@@ -72,13 +72,28 @@ class OperatorProcess:
         (self.folder / "kubeconfig").touch(mode=0o600)
         (self.folder / "kubeconfig").write_text(json.dumps(kubeconfig))
 
+    def twin(self, folder: Path, health_port: int) -> OperatorProcess:
+        """Another operator of the same installation."""
+        content = yaml.safe_load((self.folder / "settings.yaml").read_text())
+        (folder / "settings.yaml").write_text(yaml.safe_dump({**content, "healthPort": health_port}))
+        (folder / "kubeconfig").write_text((self.folder / "kubeconfig").read_text())
+        return OperatorProcess(self.cluster, folder, health_port)
+
     @property
     def user(self) -> str:
         return f"system:serviceaccount:{NAMESPACE}:{ACCOUNT}"
 
     @property
     def log(self) -> str:
-        return (self.folder / "operator.log").read_text()
+        """What it said since its last start."""
+        return self._log_file.read_text()[self._log_start :]
+
+    @property
+    def _log_file(self) -> Path:
+        return self.folder / "operator.log"
+
+    def is_leading(self) -> bool:
+        return "leading as" in self.log
 
     def start(self) -> None:
         assert self.process is None, "it runs already"
@@ -95,11 +110,11 @@ class OperatorProcess:
             "--settings",
             str(self.folder / "settings.yaml"),
         ]
-        with (self.folder / "operator.log").open("ab") as log:
+        with self._log_file.open("ab") as log:
+            self._log_start = log.tell()
             self.process = subprocess.Popen(
                 self.cluster.in_network(*command), env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
-        self.starts += 1
 
     def kill(self) -> None:
         """SIGKILL: no chance to tidy up."""

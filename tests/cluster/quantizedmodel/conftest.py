@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -12,6 +13,8 @@ import pytest
 from localcluster.lifecycle import Cluster
 from support.operator_process import ROOT, OperatorProcess
 from support.quantizedmodels import Models, PlayedKubelet, eventually
+
+_numbers = itertools.count(1)  # a namespace takes a while to go, so no name is used twice
 
 
 @pytest.fixture(scope="session")
@@ -28,9 +31,12 @@ def operator(control_plane: Cluster, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture
 def models(control_plane: Cluster, operator: OperatorProcess, request: pytest.FixtureRequest) -> Iterator[Models]:
     """Models in a namespace of the test's own."""
-    name = "t-" + re.sub(r"[^a-z0-9]+", "-", request.node.name.removeprefix("test_").lower())[:48].strip("-")
+    words = re.sub(r"[^a-z0-9]+", "-", request.node.name.removeprefix("test_").lower()).strip("-")
+    name = f"t{next(_numbers)}-{words[:40].strip('-')}"
     control_plane.kubectl("create", "namespace", name)
     eventually(lambda: "default" in control_plane.kubectl("-n", name, "get", "sa", "-o", "name"))
+    if operator.process is None:  # a test that failed while it was down
+        operator.start()
     yield Models(control_plane, name)
     control_plane.kubectl("-n", name, "delete", "qm", "--all", "--wait=false")
     control_plane.kubectl("delete", "namespace", name, "--wait=false")
