@@ -22,7 +22,7 @@ NAMESPACE = "manthanquant-system"
 ACCOUNT = "manthanquant"
 VALUES = (
     "telemetry.intervalSeconds=1",
-    "leaderElection.leaseSeconds=3",
+    "leaderElection.leaseSeconds=8",
     "allowedHostPaths={/srv/models}",
     "images.cpu.repository=localhost/server-cpu",
 )

@@ -29,7 +29,7 @@ def _made(models: Models, name: str) -> dict[str, list[str]]:
     return {kind: sorted(names) for kind, names in models.children(name).items() if kind not in ("Pod", "ReplicaSet")}
 
 
-@pytest.mark.parametrize("writes", range(6))
+@pytest.mark.parametrize("writes", [1, 3, 5])  # of seven: an account, two claims, a Service, a budget, the Deployment
 def test_killed_after_any_write_it_converges_and_doubles_nothing(
     writes: int, models: Models, operator: OperatorProcess
 ) -> None:
@@ -110,7 +110,7 @@ def test_of_two_operators_one_acts(models: Models, operator: OperatorProcess, tm
     second = operator.twin(tmp_path, health_port=8081)
     second.start()
     try:
-        time.sleep(4)  # longer than the Lease's duration
+        time.sleep(10)  # longer than the Lease's duration
         assert not second.is_leading()
         models.create("m", CPU)
         eventually(lambda: _made(models, "m") == ONE_OF_EACH)
