@@ -33,6 +33,33 @@ cluster-down: python3 ## stop it and remove all it made
 cluster-status: python3 ## show its nodes and pods, and how to reach it
 	@$(LOCALCLUSTER) status
 
+# -- tests -------------------------------------------------------------------------------------------------------------
+PYTEST = PYTHONPATH=.:operator:tests .venv/bin/python -m pytest
+UNIT = not compile and not vllm and not cluster and not e2e
+
+.PHONY: environment
+environment: python3 ## make the tests' virtual environment, .venv
+	PYTHONPATH=tests python3 tests/environment.py
+
+.PHONY: test
+test: lint ## set up, lint, and run every test: units, the real engine, a real control plane, the whole path
+	$(PYTEST)
+
+.PHONY: test-unit
+test-unit: environment ## only what needs neither engine nor cluster (under two minutes)
+	$(PYTEST) -m "$(UNIT)"
+
+.PHONY: lint
+lint: environment ## style, types, import layers
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check --quiet .
+	MYPYPATH=operator:tests .venv/bin/mypy manthanquant operator/manthanquant_operator tests/localcluster
+	PYTHONPATH=.:operator .venv/bin/lint-imports
+
+.PHONY: lock
+lock: environment ## write the lock files of the images and the tests anew
+	PATH=$(CURDIR)/.venv/bin:$$PATH image/lock.sh
+
 .PHONY: crds
 crds: ## write the CustomResourceDefinition and the chart's copy of it anew from the operator's models
 	PYTHONPATH=.:operator python3 -m manthanquant_operator crd > crds/quantizedmodels.manthanquant.io.yaml

@@ -26,7 +26,8 @@ void print_side(int base, Place place) {
             for (int channel = 0; channel < Side::channels(cls); ++channel) {
                 const mq::CodePlace code = place(token, channel, Side::registers(cls));
                 for (int bit = 0; bit < Side::bits(cls); ++bit) {
-                    const mq::BitPlace at = mq::bit_place(Side::bits(cls), code.reg, Side::registers(cls), code.byte, bit);
+                    const mq::BitPlace at =
+                        mq::bit_place(Side::bits(cls), code.reg, Side::registers(cls), code.byte, bit);
                     const int offset = mq::word_offset(Side::first_word(cls) + at.word, Side::words, code.lane);
                     std::printf("%d %d\n", base + offset / 4, at.shift);
                 }
@@ -37,7 +38,8 @@ template <class Format, int kHeadSize>
 void print_unit() {
     using Unit = mq::Unit<Format, kHeadSize>;
     std::printf("%d %d %d\n", Unit::bytes, Unit::value_offset, Unit::scale_offset);
-    print_side<typename Unit::Key>(0, [](int token, int channel, int regs) { return mq::key_place(token, channel, regs); });
+    print_side<typename Unit::Key>(
+        0, [](int token, int channel, int regs) { return mq::key_place(token, channel, regs); });
     print_side<typename Unit::Value>(
         Unit::value_offset / 4, [](int token, int channel, int) { return mq::value_place(token, channel); });
     for (int side = 0; side < 2; ++side)
