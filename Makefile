@@ -53,7 +53,7 @@ test-unit: environment ## only what needs neither engine nor cluster (under two 
 lint: environment ## style, types, import layers
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check --quiet .
-	MYPYPATH=operator:tests .venv/bin/mypy manthanquant operator/manthanquant_operator tests/localcluster
+	MYPYPATH=operator:tests .venv/bin/mypy --package manthanquant --package manthanquant_operator --package localcluster
 	PYTHONPATH=.:operator .venv/bin/lint-imports
 
 .PHONY: lock

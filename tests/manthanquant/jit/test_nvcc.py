@@ -63,6 +63,7 @@ def test_no_nvcc_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         nvcc.find_nvcc()
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_every_kernel_compiles_without_a_gpu(arch: str, tmp_path: Path) -> None:
     try:
