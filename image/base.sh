@@ -32,6 +32,12 @@ path-exclude /usr/share/man/*
 path-exclude /usr/share/locale/*
 SLIM
 
+cat >"$root/etc/apt/apt.conf.d/slim" <<SLIM
+APT::Keep-Downloaded-Packages "false";
+Dir::Cache::pkgcache "";
+Dir::Cache::srcpkgcache "";
+SLIM
+
 container=$(buildah from scratch)
 buildah add --quiet "$container" "$root" / >/dev/null
 buildah config --cmd '["/bin/bash"]' "$container"

@@ -25,12 +25,16 @@ CUDA_ERROR_NO_DEVICE = 100  # cudaErrorNoDevice in driver_types.h, CUDA_ERROR_NO
 Symbols = dict[str, str | None]  # name -> symbol version, None where the reference has none
 
 
-def parse_ldd(text: str) -> tuple[list[str], Symbols]:
-    """The missing sonames and the unresolved symbols in what `ldd -r` prints for one library."""
+def parse_ldd(text: str) -> tuple[list[str], set[str]]:
+    """The missing sonames and the names of unresolved symbols in what `ldd -r` prints for one library."""
     missing = re.findall(r"^\s*(\S+) => not found$", text, re.MULTILINE)
-    pattern = r"^undefined symbol: ([^\s,]+)(?:, version (\S+))?\s+\("
-    symbols: Symbols = {name: version or None for name, version in re.findall(pattern, text, re.MULTILINE)}
-    return list(dict.fromkeys(missing)), symbols
+    return list(dict.fromkeys(missing)), set(re.findall(r"^undefined symbol: ([^\s,]+)", text, re.MULTILINE))
+
+
+def parse_nm(text: str) -> Symbols:
+    """The symbols, with their versions, in what `nm --dynamic` prints."""
+    words = (line.split()[-1] for line in text.splitlines() if line)
+    return {name: version or None for name, _, version in (word.replace("@@", "@").partition("@") for word in words)}
 
 
 def parse_version_needs(text: str) -> dict[str, str]:
@@ -49,10 +53,10 @@ def assign(missing: list[str], symbols: Symbols, owners: dict[str, str], defined
     """
     stubs: dict[str, Symbols] = {soname: {} for soname in missing}
     for name, version in symbols.items():
-        if version is not None and version in owners:
+        if version is not None:
             stubs[owners[version]][name] = version
-        elif version is None and name not in defined and not name.startswith(("Py", "_Py")):
-            stubs[missing[0]][name] = version
+        elif name not in defined and not name.startswith(("Py", "_Py")):
+            stubs[missing[0]][name] = None
     return stubs
 
 
@@ -71,15 +75,15 @@ def version_script(symbols: Symbols) -> str:
 
 
 def _output(*command: str) -> str:
-    # ldd ends with 1 where a library is missing, which is the very thing that is asked.
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    # ldd ends with 1 where a library is missing, which is the very thing that is asked; it names symbols on stderr.
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False).stdout
 
 
-def _reported(library: Path) -> tuple[list[str], Symbols]:
-    done = subprocess.run(
-        ["ldd", "-r", str(library)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
-    return parse_ldd(done.stdout)
+def _unresolved(library: Path) -> tuple[list[str], Symbols]:
+    """The library's missing sonames, and those of its own references that nothing resolves."""
+    missing, names = parse_ldd(_output("ldd", "-r", str(library)))
+    references = parse_nm(_output("nm", "--dynamic", "--undefined-only", str(library)))
+    return missing, {name: version for name, version in references.items() if name in names}
 
 
 def build(folder: Path) -> list[Path]:
@@ -87,16 +91,13 @@ def build(folder: Path) -> list[Path]:
     libraries = sorted(path for path in folder.glob("*.so*") if path.is_file())
     if not libraries:
         raise SystemExit(f"cuda_stubs: no shared libraries in {folder}; give the path of torch/lib")
-    defined = {
-        line.split()[-1].split("@")[0]
-        for library in libraries
-        for line in _output("nm", "--dynamic", "--defined-only", str(library)).splitlines()
-    }
+    defined: set[str] = set()
+    for library in libraries:
+        defined.update(parse_nm(_output("nm", "--dynamic", "--defined-only", str(library))))
     stubs: dict[str, Symbols] = defaultdict(dict)
     for library in libraries:
         owners = parse_version_needs(_output("readelf", "--version-info", "--wide", str(library)))
-        # A reference in a library further down is reported here as well; it is taken up where it is made.
-        for soname, symbols in assign(*_reported(library), owners, defined).items():
+        for soname, symbols in assign(*_unresolved(library), owners, defined).items():
             stubs[soname].update(symbols)
     with tempfile.TemporaryDirectory() as work:
         return [_compile(soname, symbols, Path(work), folder) for soname, symbols in sorted(stubs.items())]
