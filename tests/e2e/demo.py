@@ -63,7 +63,7 @@ def start_local_cluster(steps: Steps, name: str) -> Target:
     with steps.step("server image (minutes, once)"):
         server = images.build("server-cpu", note)
     with steps.step("cluster"):
-        cluster = lifecycle.up(name, report=note)
+        cluster = lifecycle.up(name, keep_images=True, report=note)
     with steps.step("images into the cluster"):
         images.load(cluster, operator, note)
         images.load(cluster, server, note)
@@ -163,23 +163,44 @@ def serve_model(target: Target, quantized_model: dict[str, Any] = QUANTIZED_MODE
     seen: dict[str, str] = {}
 
     def ready() -> dict[str, Any] | None:
-        found: dict[str, Any] = target.get("quantizedmodel", MODEL, f"--namespace={NAMESPACE}")
-        status = found.get("status", {})
-        for condition in status.get("conditions", []):
+        found = get_model(target)
+        for condition in found.get("status", {}).get("conditions", []):
             text = f"{condition['type']}={condition['status']} {condition['reason']}: {condition.get('message', '')}"
             if seen.get(condition["type"]) != text:
                 seen[condition["type"]] = text
                 note(text)
-        current = status.get("observedGeneration") == found["metadata"]["generation"]
-        states = {c["type"]: c["status"] for c in status.get("conditions", [])}
-        measured = states.get("TelemetryAvailable") == "True"
-        return found if current and states.get("Ready") == "True" and measured else None
+        return found if is_true(found, "Ready") and is_true(found, "TelemetryAvailable") else None
 
     try:
-        found = wait_for(f"QuantizedModel {MODEL} being Ready", READY_SECONDS, ready)
+        found: dict[str, Any] = wait_for(f"QuantizedModel {MODEL} being Ready", READY_SECONDS, ready)
     except DemoError as error:
         raise DemoError(f"{error}\n{evidence(target)}") from error
-    return dict(found)
+    return found
+
+
+def get_model(target: Target) -> dict[str, Any]:
+    found: dict[str, Any] = target.get("quantizedmodel", MODEL, f"--namespace={NAMESPACE}")
+    return found
+
+
+def is_true(quantized_model: dict[str, Any], condition: str) -> bool:
+    """Whether a condition is True for the spec as it is now."""
+    generation = quantized_model["metadata"]["generation"]
+    conditions = quantized_model.get("status", {}).get("conditions", [])
+    return any(
+        c["type"] == condition and c["status"] == "True" and c["observedGeneration"] == generation for c in conditions
+    )
+
+
+def wait_until_counted(target: Target, writes: int) -> dict[str, Any]:
+    """Wait until the status counts more cache writes than `writes`."""
+
+    def counted() -> dict[str, Any] | None:
+        found = get_model(target)
+        return found if found["status"]["kvCache"].get("writes", 0) > writes else None
+
+    found: dict[str, Any] = wait_for("the count of the answer's cache writes", 60, counted)
+    return found
 
 
 def ask(target: Target, question: str = QUESTION) -> str:
@@ -230,13 +251,13 @@ def run(cluster: str, name: str) -> None:
         put_model_on_claim(target)
     with steps.step("QuantizedModel to Ready"):
         note(json.dumps(QUANTIZED_MODEL["spec"]))
-        serve_model(target)
+        served = serve_model(target)
     with steps.step("chat completion through the Service"):
         note(f"> {QUESTION}")
         for line in ask(target).splitlines():
             note(f"  {line}")
     with steps.step("the statistics"):
-        serve_model(target)  # the figures of the answer just given
+        wait_until_counted(target, served["status"]["kvCache"].get("writes", 0))
         show(target)
     print(f"\n{steps.summary()}")
     if target.kubeconfig:

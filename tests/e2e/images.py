@@ -55,21 +55,25 @@ def build(target: str, report: Report) -> str:
 
 def load(cluster: Cluster, reference: str, report: Report) -> None:
     """Stream an image from buildah's storage into the node, unless the node has it."""
-    listed = cluster.run_in_node("ctr", "--namespace", "k8s.io", "images", "list", "--quiet")
-    if reference in listed.split():
+    images = ("ctr", "--namespace", "k8s.io", "images")
+    listed = cluster.run_in_node(*images, "list", "--quiet").split()
+    if reference in listed:
         report(f"{reference} is there")
         return
     push = ["buildah", "push", "--quiet", reference, f"docker-archive:/dev/stdout:{reference}"]
     sender = subprocess.Popen(push, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert sender.stdout is not None and sender.stderr is not None
     try:
-        cluster.run_in_node("ctr", "--namespace", "k8s.io", "images", "import", "-", stdin=sender.stdout)
+        cluster.run_in_node(*images, "import", "-", stdin=sender.stdout)
     finally:
         sender.stdout.close()
         error = sender.stderr.read().decode()
         failed = sender.wait()
     if failed:
         raise RuntimeError(f"buildah push {reference} failed: {error}")
+    repository = reference.rpartition(":")[0]
+    if older := [name for name in listed if name.rpartition(":")[0] == repository]:
+        cluster.run_in_node(*images, "remove", *older)  # containers that run on them keep running
 
 
 def _buildah(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:

@@ -21,6 +21,7 @@ def _parser() -> argparse.ArgumentParser:
     up = command("up", "start a cluster and wait until it is ready")
     up.add_argument("--port", type=int, help="the API server's port on 127.0.0.1 (default: 16443 or a free one)")
     up.add_argument("--control-plane", action="store_true", help="no node: no kubelet and no containers")
+    up.add_argument("--keep-images", action="store_true", help="use the image store that outlives clusters")
     down = command("down", "stop a cluster and remove all it made")
     down.add_argument("--all", action="store_true", help="every cluster of this user")
     command("status", "show a cluster's nodes and pods")
@@ -42,7 +43,8 @@ def main() -> int:
     arguments = _parser().parse_args()
     try:
         if arguments.command == "up":
-            cluster = lifecycle.up(arguments.name, arguments.port, nodes=not arguments.control_plane)
+            nodes = not arguments.control_plane
+            cluster = lifecycle.up(arguments.name, arguments.port, nodes, arguments.keep_images)
             print(f"export KUBECONFIG={cluster.kubeconfig} PATH={paths.bin_dir()}:$PATH")
         elif arguments.command == "down":
             for name in lifecycle.names() if arguments.all else [arguments.name]:

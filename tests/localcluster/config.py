@@ -37,11 +37,16 @@ PAUSE_IMAGE = "localhost/pause:1"
 
 @dataclasses.dataclass(frozen=True)
 class Instance:
-    """One cluster. `port` is the API server's on the host's 127.0.0.1; `nodes` is False for a bare control plane."""
+    """One cluster.
+
+    `port` is the API server's on the host's 127.0.0.1. `nodes` is False for a bare control plane. `shared_images` says
+    that its images lie in the store that outlives clusters, and not in its own folder.
+    """
 
     name: str
     port: int
     nodes: bool = True
+    shared_images: bool = False
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?", self.name):

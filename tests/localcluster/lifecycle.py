@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -113,11 +114,14 @@ def _launcher_pid(folder: Path) -> int | None:
 # -- start -------------------------------------------------------------------------------------------------------
 
 
-def up(name: str, port: int | None = None, nodes: bool = True, report: Report = print) -> Cluster:
+def up(
+    name: str, port: int | None = None, nodes: bool = True, keep_images: bool = False, report: Report = print
+) -> Cluster:
     """Start the cluster and wait until it is ready. One that runs already is returned as it is.
 
     `port` is the API server's on 127.0.0.1; None takes 16443 or, where that is taken, any free one. `nodes=False`
-    starts a control plane without a node: no kubelet and no containers.
+    starts a control plane without a node: no kubelet and no containers. `keep_images` uses the image store that
+    outlives clusters, unless another cluster is using it.
     """
     if os.geteuid():
         raise ClusterError("the local cluster needs root: namespaces, mounts and control groups")
@@ -135,7 +139,7 @@ def up(name: str, port: int | None = None, nodes: bool = True, report: Report = 
         binaries.ensure(binaries.CLUSTER if nodes else binaries.CONTROL_PLANE, report)
         _clean(name)
         started = time.monotonic()
-        cluster = _start(name, port, nodes)
+        cluster = _start(name, port, nodes, keep_images)
         try:
             _wait_until_ready(cluster, started, report)
         except BaseException:
@@ -145,9 +149,10 @@ def up(name: str, port: int | None = None, nodes: bool = True, report: Report = 
         return cluster
 
 
-def _start(name: str, port: int | None, nodes: bool) -> Cluster:
+def _start(name: str, port: int | None, nodes: bool, keep_images: bool) -> Cluster:
     listener = _listen(port)
-    instance = Instance(name, listener.getsockname()[1], nodes)
+    store = _lock_image_store() if keep_images else None
+    instance = Instance(name, listener.getsockname()[1], nodes, shared_images=store is not None)
     cluster = Cluster(instance)
     config.write_files(cluster.folder)
     pki.create(instance, cluster.folder)
@@ -162,13 +167,28 @@ def _start(name: str, port: int | None, nodes: bool) -> Cluster:
             stdout=log,
             stderr=log,
             cwd="/",
-            pass_fds=[listener.fileno()],
+            pass_fds=[listener.fileno(), *([store.fileno()] if store else [])],
             start_new_session=True,
         )
     record = {"pid": process.pid, "identity": _process_identity(process.pid)}
     (cluster.folder / "launcher.json").write_text(json.dumps(record))
-    listener.close()  # the node holds its own copy
+    # The node holds copies of its own.
+    listener.close()
+    if store:
+        store.close()
     return cluster
+
+
+def _lock_image_store() -> IO[str] | None:
+    """An open file that holds the image store's lock; None where another cluster holds it."""
+    paths.image_store().mkdir(parents=True, exist_ok=True)
+    handle = paths.image_store().with_suffix(".lock").open("w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.close()
+        return None
+    return handle
 
 
 def _listen(port: int | None) -> socket.socket:

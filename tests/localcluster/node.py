@@ -7,6 +7,7 @@ connections from the host's port, whose listening socket it inherits, to the API
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -36,11 +37,11 @@ def _run(*command: str) -> None:
     subprocess.run(command, check=True)
 
 
-def set_up_mounts(folder: Path) -> None:
+def set_up_mounts(instance: config.Instance, folder: Path) -> None:
     """Give the node its own /run, /var/lib, /var/log and cgroups; what it writes there stays in `folder`."""
     _run("mount", "--make-rshared", "/")  # mounts made in the node must reach its pods
     # Open both before /run and /var/lib are covered: either may lie there.
-    held = {target: os.open(source, os.O_PATH) for target, source in _bound(folder).items()}
+    held = {target: os.open(source, os.O_PATH) for target, source in _bound(instance, folder).items()}
     _run("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", "/run")
     for target, descriptor in held.items():
         Path(target).mkdir(parents=True, exist_ok=True)
@@ -53,13 +54,15 @@ def set_up_mounts(folder: Path) -> None:
         _run("mount", "--bind", str(shadow), f"/proc/sys/{name}")
 
 
-def _bound(folder: Path) -> dict[str, Path]:
-    return {
+def _bound(instance: config.Instance, folder: Path) -> dict[str, Path]:
+    """What the node sees, and where it lies on the host; in the order in which it is bound."""
+    own = {
         config.NODE_DIR: folder,
         config.NODE_BIN: paths.bin_dir(),
         "/var/lib": folder / "var-lib",
         "/var/log": folder / "var-log",
     }
+    return {**own, "/var/lib/containerd": paths.image_store()} if instance.shared_images else own
 
 
 def set_up_network(nodes: bool) -> None:
@@ -149,10 +152,13 @@ async def run(instance: config.Instance, listener: socket.socket) -> None:
 def main(name: str, listen_fd: str) -> None:
     folder = paths.instance_dir(name)
     instance = config.Instance.from_json((folder / "instance.json").read_text())
+    # A component that held the listening socket, or the image store's lock, could outlive this process with it.
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the folder's own descriptor is closed by now
+            os.set_inheritable(int(descriptor), int(descriptor) <= 2)
     listener = socket.socket(fileno=int(listen_fd))
-    listener.set_inheritable(False)  # a component that held it would keep the port open without answering
     socket.sethostname(config.NODE_NAME)
-    set_up_mounts(folder)
+    set_up_mounts(instance, folder)
     set_up_network(instance.nodes)
     asyncio.run(run(instance, listener))
 

@@ -20,3 +20,8 @@ def bin_dir() -> Path:
 
 def instance_dir(name: str) -> Path:
     return cache_dir() / "clusters" / name
+
+
+def image_store() -> Path:
+    """containerd's folder for clusters that keep their images; one cluster at a time uses it."""
+    return cache_dir() / "images"
