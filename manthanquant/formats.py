@@ -134,6 +134,13 @@ DEFAULT_FORMAT = "mq3"
 FORMAT_NAMES = (*ALIASES, *PAGED_FORMATS, SEED3.name, *ENGINE_FORMATS)
 
 
+# How far a kernel may lie from the PyTorch reference. Both work in fp32 but sum in another order, so a value next to a
+# decision boundary may take the neighbouring code, and the scale follows. A kernel's attention rounds queries and
+# weights to 15 bits or more, once each: on random vectors, typically 1e-4 of an output vector's norm.
+KERNEL_CODE_MISMATCHES = 1e-3  # share of codes, each off by one step
+KERNEL_ATTENTION_ERROR = 1e-3  # relative L2 error of any output vector
+
+
 def get(name: str) -> Format | SeedFormat:
     """The format called `name`, aliases included. Raises `FormatError` for an unknown or engine-native name."""
     name = ALIASES.get(name, name)

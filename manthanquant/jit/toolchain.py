@@ -38,7 +38,7 @@ class CppToolchain:
 
     def flags(self, arch: Arch) -> tuple[str, ...]:
         # No -ffast-math: NaN and infinity must be seen. FMA, and reassociation in marked loops, are enough.
-        language = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi")
+        language = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wno-psabi")
         return (*language, "-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", *arch.flags)
 
     def identity(self) -> str:

@@ -1,0 +1,199 @@
+"""Store and attention by the best means that there is for a device, format and head size.
+
+`kernels` chooses once a process and says what it chose and why (`report`); `store` and `attention` are its methods,
+looked up on each call. A kernel that cannot be built or that disagrees with the reference is said in one warning, and
+the PyTorch path serves.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import cache
+from typing import Protocol
+
+from torch import Tensor
+
+from manthanquant import cpu_kernels, reference, selfcheck
+from manthanquant.contract import ENV_BACKEND, KernelReport
+from manthanquant.formats import Format
+from manthanquant.jit import JitError
+from manthanquant.reference import HotPool
+from manthanquant.transform import LayerTransform
+
+log = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "torch")
+
+
+class Kernels(Protocol):
+    """Both operations for one format and head size. Shapes and meaning are those of `reference`."""
+
+    report: KernelReport
+
+    def store(
+        self,
+        key: Tensor,
+        value: Tensor,
+        cache: Tensor,
+        slot_mapping: Tensor,
+        transform: LayerTransform,
+        hot: HotPool | None = None,
+        hot_slots: Tensor | None = None,
+    ) -> int: ...
+
+    def attention(
+        self,
+        query: Tensor,
+        cache: Tensor,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        query_start_loc: Tensor,
+        transform: LayerTransform,
+        scale: float,
+        *,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        sink_tokens: int = 0,
+        recent_tokens: int = 0,
+        hot: HotPool | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor: ...
+
+
+class ReferenceKernels:
+    """The PyTorch path."""
+
+    def __init__(self, fmt: Format, message: str | None) -> None:
+        self.report = KernelReport("torch", message=message)
+        self._format = fmt
+
+    def store(
+        self,
+        key: Tensor,
+        value: Tensor,
+        cache: Tensor,
+        slot_mapping: Tensor,
+        transform: LayerTransform,
+        hot: HotPool | None = None,
+        hot_slots: Tensor | None = None,
+    ) -> int:
+        return reference.store(key, value, cache, slot_mapping, self._format, transform, hot, hot_slots)
+
+    def attention(
+        self,
+        query: Tensor,
+        cache: Tensor,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        query_start_loc: Tensor,
+        transform: LayerTransform,
+        scale: float,
+        *,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        sink_tokens: int = 0,
+        recent_tokens: int = 0,
+        hot: HotPool | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        result = reference.attention(
+            query,
+            cache,
+            block_table,
+            seq_lens,
+            query_start_loc,
+            self._format,
+            transform,
+            scale,
+            window=window,
+            soft_cap=soft_cap,
+            sink_tokens=sink_tokens,
+            recent_tokens=recent_tokens,
+            hot=hot,
+        )
+        return result if out is None else out.copy_(result)
+
+
+def kernels(fmt: Format, head_size: int, device_type: str = "cpu") -> Kernels:
+    """The best kernels for a device, chosen once a process. The PyTorch path is the last resort.
+
+    `MANTHANQUANT_BACKEND=torch` forces the PyTorch path; its other value is `auto`.
+    """
+    return _choose(fmt, head_size, device_type)
+
+
+@cache
+def _choose(fmt: Format, head_size: int, device_type: str) -> Kernels:
+    backend = os.environ.get(ENV_BACKEND) or "auto"
+    if backend not in BACKENDS:
+        raise ValueError(f"{ENV_BACKEND}={backend!r}: use one of {', '.join(BACKENDS)}")
+    if backend == "torch":
+        return ReferenceKernels(fmt, f"{ENV_BACKEND}=torch")
+    if device_type != "cpu":
+        return _fall_back(fmt, f"there is no kernel for device {device_type!r}")
+    try:
+        found = cpu_kernels.load(fmt, head_size)
+    except JitError as error:
+        return _fall_back(fmt, str(error))
+    if found.report.source == "Built":
+        try:
+            selfcheck.check(found, fmt, head_size)
+        except selfcheck.KernelMismatch as error:
+            return _fall_back(fmt, f"{found.report.arch} {found.report.digest}: {error}")
+    return found
+
+
+def _fall_back(fmt: Format, reason: str) -> Kernels:
+    log.warning("the PyTorch path serves format %s, many times slower than a kernel: %s", fmt.name, reason)
+    return ReferenceKernels(fmt, reason)
+
+
+def store(
+    key: Tensor,
+    value: Tensor,
+    cache: Tensor,
+    slot_mapping: Tensor,
+    fmt: Format,
+    transform: LayerTransform,
+    hot: HotPool | None = None,
+    hot_slots: Tensor | None = None,
+) -> int:
+    """`reference.store` by the best kernels for the cache's device."""
+    found = kernels(fmt, key.shape[-1], cache.device.type)
+    return found.store(key, value, cache, slot_mapping, transform, hot, hot_slots)
+
+
+def attention(
+    query: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    fmt: Format,
+    transform: LayerTransform,
+    scale: float,
+    *,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sink_tokens: int = 0,
+    recent_tokens: int = 0,
+    hot: HotPool | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`reference.attention` by the best kernels for the cache's device, into `out` (any float dtype) if given."""
+    return kernels(fmt, query.shape[-1], cache.device.type).attention(
+        query,
+        cache,
+        block_table,
+        seq_lens,
+        query_start_loc,
+        transform,
+        scale,
+        window=window,
+        soft_cap=soft_cap,
+        sink_tokens=sink_tokens,
+        recent_tokens=recent_tokens,
+        hot=hot,
+        out=out,
+    )
