@@ -75,6 +75,13 @@ class SecretKeyRef(Resource):
     key: Annotated[str, StringConstraints(min_length=1, max_length=253)] = Field(description="Key in the Secret.")
 
 
+class ConfigMapKeyRef(Resource):
+    """One key of a ConfigMap in the same namespace."""
+
+    name: ObjectName = Field(description="Name of the ConfigMap.")
+    key: Annotated[str, StringConstraints(min_length=1, max_length=253)] = Field(description="Key in the ConfigMap.")
+
+
 class Claim(Resource):
     """A PersistentVolumeClaim: an existing one, or one that is created and deleted with the resource."""
 
@@ -182,6 +189,10 @@ class KVCacheSpec(Resource):
                 f" or use {DEFAULT_FORMAT}",
             ),
             rule(
+                "!has(self.calibrationTextRef) || self.calibration == 'auto'",
+                "calibrationTextRef needs calibration auto: remove it, or set calibration to auto",
+            ),
+            rule(
                 f"!has(self.skipLayers) || !(self.format in {_ENGINE_CEL})",
                 "skipLayers needs a compressed format: remove it, or use " + DEFAULT_FORMAT,
             ),
@@ -200,6 +211,9 @@ class KVCacheSpec(Resource):
     )
     calibration: Literal["auto", "off"] = Field(
         default="auto", description="auto: a key transform from a short text before serving, kept in kernelCache."
+    )
+    calibration_text_ref: ConfigMapKeyRef | None = Field(
+        default=None, description="Text to calibrate on, like what will be served; a built-in text when absent."
     )
     skip_layers: Annotated[list[Annotated[int, Field(ge=0, le=1023)]], Field(max_length=256)] | None = Field(
         default=None,
@@ -263,6 +277,7 @@ OWNED_FLAGS = {
     "--gpu-memory-utilization": "engine.gpuMemoryUtilization",
     "--tensor-parallel-size": "engine.tensorParallelSize",
     "--served-model-name": "engine.servedModelName",
+    "--shutdown-timeout": "engine.drainSeconds",
     "--api-key": "apiKeySecretRef",
 }
 

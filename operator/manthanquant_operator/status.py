@@ -112,9 +112,10 @@ def _failure(seen: Observed) -> Failure | None:
 
 def _planned(plan: Plan, report: PrepareReport | None) -> Verdict:
     cache = report and report.cache
-    if not cache or cache.capacity_tokens is None:
+    if not cache or cache.bytes_per_token is None:
         return "True", "Accepted", plan.summary
-    return "True", "Estimated", f"{plan.summary}; a server holds {cache.capacity_tokens:,} tokens"
+    fits = f", {cache.capacity_tokens:,} tokens fit a server" if cache.capacity_tokens is not None else ""
+    return "True", "Estimated", f"{plan.summary}; {cache.bytes_per_token:,} bytes a token{fits}"
 
 
 def _model(report: PrepareReport | None, seen: Observed, failure: Failure | None) -> Verdict:

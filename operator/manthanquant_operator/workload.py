@@ -15,6 +15,7 @@ from .plan import Plan
 USER_ID = 1000
 STARTUP_PERIOD_SECONDS = 5
 ENDPOINT_REMOVAL_SECONDS = 5  # the Service still sends requests for a moment after a pod is asked to stop
+TEXT_DIR = "/etc/manthanquant"  # the user's calibration text
 EXIT_SECONDS = 15  # from the last answer to the process' end
 
 _CACHE_ENV = {
@@ -79,6 +80,7 @@ def _prepare(qm: QuantizedModel, plan: Plan) -> dict[str, Any]:
         contract.PREPARE_CONTAINER,
         {
             "command": ["manthanquant", "prepare"],
+            "args": flags(qm, plan),  # it reads the lengths and the cache's size, and leaves the rest
             "terminationMessagePath": contract.TERMINATION_LOG,
             "terminationMessagePolicy": "File",  # its result must not be replaced by the log's end
         },
@@ -96,7 +98,7 @@ def _server(qm: QuantizedModel, plan: Plan) -> dict[str, Any]:
         contract.SERVER_CONTAINER,
         {
             "command": ["python", "-m", "manthanquant.serve", "serve", contract.RESOLVED_MODEL_LINK],
-            "args": server_args(qm, plan),
+            "args": [*flags(qm, plan), *(qm.spec.engine.extra_args or ())],
             "terminationMessagePolicy": "FallbackToLogsOnError",
             "ports": [{"name": contract.HTTP_PORT_NAME, "containerPort": contract.HTTP_PORT, "protocol": "TCP"}],
             "startupProbe": {
@@ -116,10 +118,10 @@ def _server(qm: QuantizedModel, plan: Plan) -> dict[str, Any]:
     return server
 
 
-def server_args(qm: QuantizedModel, plan: Plan) -> list[str]:
-    """The launcher's flags, one item a flag, then the user's own."""
+def flags(qm: QuantizedModel, plan: Plan) -> list[str]:
+    """The launcher's and vLLM's flags that the spec sets, one item a flag."""
     spec, cache = qm.spec, qm.spec.kv_cache
-    flags: dict[str, Any] = {
+    values: dict[str, Any] = {
         "--port": contract.HTTP_PORT,
         "--served-model-name": plan.served_name,
         "--kv-format": cache.format,
@@ -130,10 +132,10 @@ def server_args(qm: QuantizedModel, plan: Plan) -> list[str]:
         "--max-model-len": spec.engine.max_model_len,
         "--max-num-seqs": spec.engine.max_num_seqs,
         "--gpu-memory-utilization": spec.engine.gpu_memory_utilization,
+        "--shutdown-timeout": spec.engine.drain_seconds,
         "--tensor-parallel-size": plan.tensor_parallel_size if plan.tensor_parallel_size > 1 else None,
     }
-    own = [f"{flag}={value}" for flag, value in flags.items() if value is not None]
-    return own + (spec.engine.extra_args or [])
+    return [f"{flag}={value}" for flag, value in values.items() if value is not None]
 
 
 _SUFFIXES = {"": 1, "m": 1e-3, **{s: 1000 ** (i + 1) for i, s in enumerate("kMGTPE")}}
@@ -180,6 +182,14 @@ def _container(qm: QuantizedModel, plan: Plan, name: str, own: dict[str, Any]) -
     models: dict[str, Any] = {"name": "models", "mountPath": contract.MODEL_DIR}
     if not plan.source.is_remote or name == contract.SERVER_CONTAINER:  # only a download writes there
         models["readOnly"] = True
+    mounts = [
+        models,
+        {"name": "kernels", "mountPath": contract.KERNEL_CACHE_DIR},
+        {"name": "work", "mountPath": contract.WORK_DIR},
+        {"name": "tmp", "mountPath": "/tmp"},
+    ]
+    if qm.spec.kv_cache.calibration_text_ref:
+        mounts.append({"name": "text", "mountPath": TEXT_DIR, "readOnly": True})
     return {
         "name": name,
         "image": plan.image,
@@ -192,12 +202,7 @@ def _container(qm: QuantizedModel, plan: Plan, name: str, own: dict[str, Any]) -
             "readOnlyRootFilesystem": True,
             "capabilities": {"drop": ["ALL"]},
         },
-        "volumeMounts": [
-            models,
-            {"name": "kernels", "mountPath": contract.KERNEL_CACHE_DIR},
-            {"name": "work", "mountPath": contract.WORK_DIR},
-            {"name": "tmp", "mountPath": "/tmp"},
-        ],
+        "volumeMounts": mounts,
     }
 
 
@@ -219,6 +224,8 @@ def _environment(qm: QuantizedModel, plan: Plan) -> list[dict[str, Any]]:
     }
     if cache.skip_layers:
         values[contract.ENV_SKIP_LAYERS] = ",".join(map(str, sorted(cache.skip_layers)))
+    if text := cache.calibration_text_ref:
+        values[contract.ENV_CALIBRATION_TEXT] = f"{TEXT_DIR}/{text.key}"
     env: list[dict[str, Any]] = [{"name": name, "value": value} for name, value in values.items()]
     own = {item["name"] for item in env}
     for variable in spec.engine.env or ():
@@ -252,13 +259,18 @@ def _resources(qm: QuantizedModel) -> dict[str, Any]:
 
 
 def _volumes(qm: QuantizedModel, plan: Plan) -> list[dict[str, Any]]:
-    return [
+    volumes: list[dict[str, Any]] = [
         {"name": "models", **_model_volume(qm, plan)},
         {"name": "kernels", **_kernel_volume(qm)},
         {"name": "work", "emptyDir": {}},
         {"name": "tmp", "emptyDir": {}},
         {"name": "shm", "emptyDir": {"medium": "Memory"}},
     ]
+    if text := qm.spec.kv_cache.calibration_text_ref:
+        volumes.append(
+            {"name": "text", "configMap": {"name": text.name, "items": [{"key": text.key, "path": text.key}]}}
+        )
+    return volumes
 
 
 def _model_volume(qm: QuantizedModel, plan: Plan) -> dict[str, Any]:

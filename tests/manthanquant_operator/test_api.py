@@ -40,5 +40,5 @@ def test_every_flag_that_the_operator_sets_is_refused_in_extra_args(make_model: 
         "resources": {"count": 2},
     }
     model = make_model(spec)
-    flags = {argument.split("=")[0] for argument in workload.server_args(model, plan.make(model, settings))}
+    flags = {argument.split("=")[0] for argument in workload.flags(model, plan.make(model, settings))}
     assert flags <= api.OWNED_FLAGS.keys()
