@@ -58,15 +58,22 @@ class ModelShape:
         return slots * per_slot
 
 
-def hot_slots(settings: Settings, max_requests: int) -> int:
-    """16-token slots so that `max_requests` requests never evict one another's exact units.
+def slots_needed(max_requests: int, recent_tokens: int, sink_tokens: int) -> int:
+    """16-token slots of the exact tier so that `max_requests` requests never evict one another's units.
 
-    A window that does not start on a unit spans one unit more, and the unit being filled is one more again.
+    A window that does not start on a unit spans one more, and the unit being opened is one more again.
     """
+    if recent_tokens <= 0 and sink_tokens <= 0:
+        return 0
+    window = -(-recent_tokens // formats.UNIT_TOKENS) + 1 if recent_tokens > 0 else 0
+    return max_requests * (window + 1 + -(-sink_tokens // formats.UNIT_TOKENS))
+
+
+def hot_slots(settings: Settings, max_requests: int) -> int:
+    """`slots_needed` by these settings; 0 where nothing is compressed."""
     if settings.native or settings.mode != "compressed":
         return 0
-    recent, sinks = (-(-n // formats.UNIT_TOKENS) for n in (settings.recent_tokens, settings.sink_tokens))
-    return max_requests * ((recent + 2 if recent else 0) + sinks)
+    return slots_needed(max_requests, settings.recent_tokens, settings.sink_tokens)
 
 
 def layer_token_bytes(layer: LayerShape, settings: Settings, element_bytes: int) -> int:

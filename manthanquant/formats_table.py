@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from manthanquant import formats
 
@@ -31,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         formats.check_head_size(args.head_size)
     except formats.FormatError as error:
-        print(f"manthanquant formats: {error}")
+        print(f"manthanquant formats: {error}", file=sys.stderr)
         return 2
     print(f"head size {args.head_size}; bytes of one token's K+V pair of one KV head; default {formats.DEFAULT_FORMAT}")
     print(f"{'format':<12}{'bytes':>7}{'bits':>7}{'ratio':>8}  what")

@@ -22,18 +22,6 @@ from torch import Tensor
 from manthanquant.formats import UNIT_TOKENS
 
 
-def slots_needed(max_requests: int, recent_tokens: int, sink_tokens: int, max_step_tokens: int = 0) -> int:
-    """Slots so that `max_requests` running requests never evict one another's exact units.
-
-    A window that is not aligned to units spans one more; `max_step_tokens` tokens of one step may at most open a
-    window's worth of units for each request, so they need no more.
-    """
-    if recent_tokens <= 0 and sink_tokens <= 0:
-        return 0
-    window = -(-recent_tokens // UNIT_TOKENS) + 1 if recent_tokens > 0 else 0
-    return max_requests * (window + 1 + -(-sink_tokens // UNIT_TOKENS))
-
-
 class HotTable:
     """The slots of one cache group.
 

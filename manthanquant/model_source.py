@@ -14,7 +14,7 @@ from typing import Literal
 from manthanquant import contract
 
 URI_FIELD = "spec.model.uri"
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class ModelError(Exception):

@@ -143,7 +143,7 @@ def from_args(args: argparse.Namespace, environ: Mapping[str, str] | None = None
 def _build(given: Mapping[str, str], environ: Mapping[str, str]) -> Settings:
     values = {}
     for name, (_, variable) in FLAGS.items():
-        text = given.get(name) or environ.get(variable)
+        text = given.get(name, environ.get(variable))
         if text:
             values[name] = _parse(name, text)
     return Settings(**values)  # type: ignore[arg-type]

@@ -33,7 +33,8 @@ class WriteCounters:
     bytes_uncompressed: int = 0
     bytes_compressed: int = 0
     errors: int = 0
-    sampled_vectors: int = 0
+    sampled_keys: int = 0
+    sampled_values: int = 0
     key_cosine_sum: float = 0.0
     value_cosine_sum: float = 0.0
     squared_error: float = 0.0
@@ -55,23 +56,26 @@ class WriteCounters:
             exact, stored = exact[finite], stored[finite]
             norms = (exact.norm(dim=-1) * stored.norm(dim=-1)).clamp_min(1e-30)
             cosine = float(((exact * stored).sum(-1) / norms).sum())
-            setattr(self, f"{name}_cosine_sum", getattr(self, f"{name}_cosine_sum") + cosine)
-            self.sampled_vectors += exact.shape[0]
+            if name == "key":
+                self.key_cosine_sum += cosine
+                self.sampled_keys += exact.shape[0]
+            else:
+                self.value_cosine_sum += cosine
+                self.sampled_values += exact.shape[0]
             self.squared_error += float((exact - stored).square().sum())
             self.squares += float(exact.square().sum())
 
     def report(self) -> contract.WriteStats:
         """The counters as the contract has them; what was never sampled is None."""
-        sampled = self.sampled_vectors // 2  # of each side
         return contract.WriteStats(
             self.calls,
             self.vectors,
             self.bytes_uncompressed,
             self.bytes_compressed,
             self.errors,
-            self.sampled_vectors,
-            self.key_cosine_sum / sampled if sampled else None,
-            self.value_cosine_sum / sampled if sampled else None,
+            self.sampled_keys + self.sampled_values,
+            self.key_cosine_sum / self.sampled_keys if self.sampled_keys else None,
+            self.value_cosine_sum / self.sampled_values if self.sampled_values else None,
             self.squared_error / self.squares if self.squares else None,
         )
 

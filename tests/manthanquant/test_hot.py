@@ -2,8 +2,9 @@ import random
 
 import torch
 
+from manthanquant.capacity import slots_needed
 from manthanquant.formats import UNIT_TOKENS
-from manthanquant.hot import HotTable, slots_needed
+from manthanquant.hot import HotTable
 
 PAGE, RECENT, SINKS, PAGES = 32, 40, 4, 40
 PER_PAGE = PAGE // UNIT_TOKENS

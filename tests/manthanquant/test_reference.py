@@ -5,8 +5,9 @@ import torch
 from support.cases import make_case
 
 from manthanquant import reference
+from manthanquant.capacity import slots_needed
 from manthanquant.formats import K3V3, K42V3, PAGED_FORMATS, SUPPORTED_HEAD_SIZES, UNIT_TOKENS
-from manthanquant.hot import HotTable, slots_needed
+from manthanquant.hot import HotTable
 from manthanquant.reference import HotPool
 from manthanquant.transform import LayerTransform, default_transform, gain_transform, hadamard_transform
 
