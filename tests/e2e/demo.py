@@ -33,7 +33,7 @@ READY_SECONDS = 900
 NAMESPACE_OBJECT = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}
 
 # What a user writes: where the model is, what serves it, and how much cache it gets.
-QUANTIZED_MODEL = {
+QUANTIZED_MODEL: dict[str, Any] = {
     "apiVersion": "manthanquant.io/v1alpha1",
     "kind": "QuantizedModel",
     "metadata": {"name": MODEL, "namespace": NAMESPACE},

@@ -53,6 +53,19 @@ def build(target: str, report: Report) -> str:
     return reference
 
 
+def smoke(reference: str, target: str) -> str:
+    """Run image/smoke.py inside an image, as its user. Returns what it prints; raises with that where it fails."""
+    container = _buildah("from", reference).stdout.strip()
+    try:
+        script = f"{REPOSITORY / 'image' / 'smoke.py'}:/smoke.py:ro"
+        done = _buildah("run", "--volume", script, container, "--", "python", "/smoke.py", target, check=False)
+    finally:
+        _buildah("rm", container)
+    if done.returncode:
+        raise RuntimeError(f"{reference}: {done.stdout}{done.stderr}")
+    return done.stdout
+
+
 def load(cluster: Cluster, reference: str, report: Report) -> None:
     """Stream an image from buildah's storage into the node, unless the node has it."""
     images = ("ctr", "--namespace", "k8s.io", "images")

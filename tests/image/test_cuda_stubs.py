@@ -46,7 +46,8 @@ def test_nm_report() -> None:
 
 
 def test_version_needs() -> None:
-    text = "Version: 1  File: liba.so.1  Cnt: 2\n Name: A_1 \n Name: A_2 \n Version: 1  File: libb.so.2  Cnt: 1\n Name: B "
+    text = "Version: 1  File: liba.so.1  Cnt: 2\n Name: A_1 \n Name: A_2 \n"
+    text += " Version: 1  File: libb.so.2  Cnt: 1\n Name: B "
     assert stubs.parse_version_needs(text) == {"A_1": "liba.so.1", "A_2": "liba.so.1", "B": "libb.so.2"}
 
 
