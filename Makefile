@@ -68,5 +68,5 @@ crds: ## write the CustomResourceDefinition and the chart's copy of it anew from
 .PHONY: python3
 python3:
 ifeq ($(PYTHON3),)
-	@apt-get -qq update && apt-get -qq install --yes --no-install-recommends python3 >/dev/null
+	@apt-get -qq update && DEBCONF_NOWARNINGS=yes apt-get -qq install --yes --no-install-recommends python3 >/dev/null
 endif

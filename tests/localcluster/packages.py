@@ -31,7 +31,7 @@ def install(wanted: dict[str, str]) -> list[str]:
         return []
     if not shutil.which("apt-get"):
         raise RuntimeError(f"these packages are missing and there is no apt-get to install them: {' '.join(absent)}")
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "DEBCONF_NOWARNINGS": "yes"}
     quiet = ["apt-get", "-qq", "-o", "Dpkg::Use-Pty=0", "-o", "DPkg::Lock::Timeout=300"]
     # stdout carries the package manager's chatter; errors go to stderr and are kept.
     subprocess.run([*quiet, "update"], check=True, env=environment, stdout=subprocess.DEVNULL)
