@@ -1,6 +1,6 @@
 """What must hold inside a built image: `python smoke.py operator`, `server-cpu` or `server-gpu`. No GPU is needed.
 
-    docker run --rm --read-only --tmpfs /work --entrypoint python -v $PWD/image/smoke.py:/smoke.py IMAGE /smoke.py TARGET
+docker run --rm --read-only --tmpfs /work --entrypoint python -v $PWD/image/smoke.py:/smoke.py IMAGE /smoke.py TARGET
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ QUANTIZED_MODEL: dict[str, Any] = {
     "spec": {
         "model": {"uri": f"pvc://{CLAIM}/{MODEL}"},
         "resources": {"accelerator": "cpu"},
-        "kvCache": {"memory": "256Mi"},
-        "engine": {"maxModelLen": 2048, "maxNumSeqs": 8, "extraArgs": ["--enforce-eager"]},
+        "kvCache": {"memory": "1Gi"},
+        "engine": {"maxModelLen": 4096, "extraArgs": ["--enforce-eager"]},
     },
 }
 
