@@ -44,7 +44,7 @@ from manthanquant.transform import (
 
 DEFAULT_KINDS: dict[str, Kind] = {"k3v3": "gain", "k42v3": "gain", "k42v42": "dense", "k4v4": "gain"}
 KINDS: tuple[Kind, ...] = ("gain", "dense")
-WINDOW_TOKENS = 2048
+WINDOW_TOKENS = 2560  # at most; the built-in text is one window
 MAX_WINDOWS = 4
 MIN_TOKENS = 512
 _SHRINK = 0.003  # of a moment's mean diagonal, added to it: what was never seen still gets some of the code
@@ -150,9 +150,9 @@ def _windows(model: Model, text: str, max_positions: int) -> Iterator[Tensor]:
         )
     empty = model.tokens("")
     lead = tokens[: len(empty)] if len(empty) and torch.equal(tokens[: len(empty)], empty) else tokens[:0]
-    for part in list(tokens[len(lead) :].split(length - len(lead)))[:MAX_WINDOWS]:
-        if len(part) + len(lead) >= MIN_TOKENS:
-            yield torch.cat([lead, part])
+    body = tokens[len(lead) : len(lead) + MAX_WINDOWS * (length - len(lead))]
+    for part in body.tensor_split(-(-len(body) // (length - len(lead)))):
+        yield torch.cat([lead, part])
 
 
 class _Sums:

@@ -18,6 +18,7 @@ import inspect
 import json
 import math
 import platform
+import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ from manthanquant.calibration import CalibrationError
 from manthanquant.contract import DEFAULT_RECENT_TOKENS, DEFAULT_SINK_TOKENS
 from manthanquant.formats import FormatError
 from manthanquant.hf import Model, ModelError, exact_attention
-from manthanquant.simulate import Cache, coded_cache, exact_cache, fp8_cache, seed_cache, turboquant_caches
+from manthanquant.simulate import Cache, coded_cache, fp8_cache, seed_cache, turboquant_caches
 from manthanquant.transform import Kind, LayerTransform, default_transform
 
 DEFAULT_CACHES = ("k42v3", "k42v42", "k3v3", "k4v4", "k42v3:hadamard")
@@ -184,24 +185,21 @@ def file_cache(path: str, sink_tokens: int, recent_tokens: int) -> Cache:
     return coded_cache(name, fmt, lambda index, _: loaded.layer(index), sink_tokens, recent_tokens)
 
 
-def markdown(runs: Sequence[Run]) -> str:
-    """One table a text and length."""
-    lines = []
-    for run in runs:
-        lines += [
-            f"{run.text}: {run.tokens:,} tokens, the last {run.scored:,} scored; exact perplexity "
-            f"{run.exact_perplexity:.2f} (text sha256 {run.text_sha256[:12]})",
-            "",
-            "| cache | bytes a pair | KLD, mean | KLD, p99 | same top-1 | perplexity |",
-            "|---|---:|---:|---:|---:|---:|",
-        ]
-        lines += [
-            f"| {s.cache} | {s.pair_bytes:g} | {s.kld:.4f} ± {s.kld_error:.4f} | {s.kld_p99:.3f} | {s.top1:.1%} | "
-            f"{s.perplexity_change:+.1%} |"
-            for s in run.scores
-        ]
-        lines.append("")
-    return "\n".join(lines)
+def markdown(run: Run) -> str:
+    """The table of one text at one length."""
+    lines = [
+        f"{run.text}: {run.tokens:,} tokens, the last {run.scored:,} scored; exact perplexity "
+        f"{run.exact_perplexity:.2f} (text sha256 {run.text_sha256[:12]})",
+        "",
+        "| cache | bytes a pair | KLD, mean | KLD, p99 | same top-1 | perplexity |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {s.cache} | {s.pair_bytes:g} | {s.kld:.4f} ± {s.kld_error:.4f} | {s.kld_p99:.3f} | {s.top1:.1%} | "
+        f"{s.perplexity_change:+.1%} |"
+        for s in run.scores
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -248,7 +246,6 @@ def run(arguments: argparse.Namespace) -> int:
     except (ModelError, CalibrationError, FormatError, OSError, UnicodeDecodeError, ValueError) as error:
         print(f"manthanquant quality: {error}", file=sys.stderr)
         return 2
-    print(markdown(runs))
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     if arguments.json:
         report = {"facts": facts, "runs": [dataclasses.asdict(r) for r in runs]}
@@ -273,7 +270,7 @@ def _run(arguments: argparse.Namespace) -> tuple[list[Run], dict[str, Any]]:
     if arguments.calibration:
         caches.append(file_cache(arguments.calibration, *tiers))
     if not arguments.no_peers:
-        caches += [exact_cache(), fp8_cache(), seed_cache(), *turboquant_caches(model.layers)]
+        caches += [fp8_cache(), seed_cache(), *turboquant_caches(model.layers)]
     runs = []
     for name, text, tokens in samples:
         scored = min(arguments.scored, len(tokens) // 2)
@@ -281,12 +278,14 @@ def _run(arguments: argparse.Namespace) -> tuple[list[Run], dict[str, Any]]:
         perplexity, scores = score(model, tokens, caches, scored)
         digest = hashlib.sha256(text.encode()).hexdigest()
         runs.append(Run(name, digest, len(tokens), scored, perplexity, scores))
+        print(markdown(runs[-1]), flush=True)
     facts = {
         "model": Path(arguments.model).name,
         "head size": model.head_size,
         "torch": torch.__version__,
         "calibration": f"{calibrated - started:.1f} s",
         "scoring": f"{time.monotonic() - calibrated:.0f} s",
+        "peak memory": f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB",
     }
     return runs, facts
 

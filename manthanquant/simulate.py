@@ -89,11 +89,6 @@ def two_tier_attention(
     return output
 
 
-def exact_cache() -> Cache:
-    """The uncompressed cache, 2 bytes an element."""
-    return Cache("bf16", lambda size: 4.0 * size, lambda call: (call.key, call.value))
-
-
 def coded_cache(
     name: str, fmt: Format, layers: Callable[[int, int], LayerTransform], sink_tokens: int, recent_tokens: int
 ) -> Cache:

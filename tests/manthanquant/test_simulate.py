@@ -13,7 +13,6 @@ from manthanquant.reference import HotPool
 from manthanquant.simulate import (
     TURBOQUANT_PRESETS,
     coded_cache,
-    exact_cache,
     fp8_cache,
     min_max,
     norm_corrected,
@@ -93,10 +92,6 @@ def test_a_window_as_long_as_the_text_is_exact():
     call = _call(90)
     cache = coded_cache("ours", formats.K3V3, lambda layer, size: _transform(formats.K3V3), 0, 96)
     assert torch.allclose(cache.attention(call), exact_attention(call), atol=1e-5)
-
-
-def test_the_exact_cache_is_exact():
-    assert torch.equal(exact_cache().attention(_call(20)), exact_attention(_call(20)))
 
 
 def test_fp8_holds_e4m3_values_and_saturates():
