@@ -32,7 +32,8 @@ def convert(gguf_path: str | Path, out_dir: str | Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.quantization_config import GgufConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    # transformers forgets whether a prompt starts with the BOS token; some models predict badly without it.
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, add_bos_token=_adds_bos(source))
     model = AutoModelForCausalLM.from_pretrained(
         source.parent,
         gguf_file=source.name,
@@ -48,6 +49,13 @@ def convert(gguf_path: str | Path, out_dir: str | Path) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def _adds_bos(source: Path) -> bool:
+    from gguf import GGUFReader
+
+    field = GGUFReader(source).get_field("tokenizer.ggml.add_bos_token")
+    return field is not None and bool(field.contents())
 
 
 def main(argv: list[str]) -> int:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.small_models import save_model
+from support.random_models import save_model
 
 pytest.importorskip("transformers")
 from manthanquant.hf import AttentionCall, Model, ModelError, attend, exact_attention, rotary_candidates

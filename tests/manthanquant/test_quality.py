@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from support.small_models import save_model
+from support.random_models import save_model
 
 pytest.importorskip("transformers")
 from manthanquant import calibrate, formats, quality
