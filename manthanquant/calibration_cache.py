@@ -51,8 +51,11 @@ def _find_or_make(
 
     fmt = formats.get_paged(wanted.format)
     text = Path(wanted.calibration_text).read_text() if wanted.calibration_text else calibrate.built_in_text()
-    exact = {"recent_tokens": wanted.recent_tokens, "sink_tokens": wanted.sink_tokens}
-    key = calibration.cache_key(model, fmt, max_positions, text=text, kind=calibrate.DEFAULT_KINDS[fmt.name], **exact)
+    recent, sinks = wanted.recent_tokens, wanted.sink_tokens
+    kind = calibrate.DEFAULT_KINDS[fmt.name]
+    key = calibration.cache_key(
+        model, fmt, max_positions, text=text, kind=kind, recent_tokens=recent, sink_tokens=sinks
+    )
     path = calibration.cache_path(settings.cache_dir(wanted), fmt, key)
     if path.exists():
         try:
@@ -61,7 +64,7 @@ def _find_or_make(
             log.warning("%s: calibrating anew", error)
     log.info("calibrating %s for %s", fmt.name, model)
     started = time.monotonic()
-    made = calibrate.calibrate(model, fmt, max_positions, text=text, **exact)
+    made = calibrate.calibrate(model, fmt, max_positions, text=text, recent_tokens=recent, sink_tokens=sinks)
     made.save(path)
     seconds = round(time.monotonic() - started, 1)
     log.info("calibrated %s in %.1f s: %s", made.kind, seconds, path)
