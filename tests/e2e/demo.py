@@ -41,7 +41,7 @@ QUANTIZED_MODEL: dict[str, Any] = {
         "model": {"uri": f"pvc://{CLAIM}/{MODEL}"},
         "resources": {"accelerator": "cpu"},
         "kvCache": {"memory": "1Gi"},
-        "engine": {"maxModelLen": 4096, "extraArgs": ["--enforce-eager"]},
+        "engine": {"maxModelLen": 4096, "maxNumSeqs": 8, "extraArgs": ["--enforce-eager"]},
     },
 }
 
