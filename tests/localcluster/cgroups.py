@@ -18,12 +18,13 @@ LEAF = "node"
 CONTROLLERS = ("cpuset", "cpu", "io", "memory", "hugetlb", "pids")
 
 
-def is_v2(root: Path = ROOT) -> bool:
-    return (root / "cgroup.controllers").exists()
+def is_v2(root: Path | None = None) -> bool:
+    return ((root or ROOT) / "cgroup.controllers").exists()
 
 
-def hierarchies(root: Path = ROOT) -> list[Path]:
+def hierarchies(root: Path | None = None) -> list[Path]:
     """The mount points to make a group in: one on v2; on v1 each controller's, links and the empty v2 one left out."""
+    root = root or ROOT
     if is_v2(root):
         return [root]
     folders = (path for path in sorted(root.iterdir()) if path.is_dir() and not path.is_symlink())
