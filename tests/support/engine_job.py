@@ -97,11 +97,7 @@ def main() -> None:
     preemptions = sum(int(m.value) for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
     (snapshot,) = llm.collective_rpc("manthanquant_snapshot")
     capacity = llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
-    print(
-        json.dumps(
-            {"rounds": rounds, "capacity_tokens": capacity, "preemptions": preemptions, "snapshot": snapshot}
-        )
-    )
+    print(json.dumps({"rounds": rounds, "capacity_tokens": capacity, "preemptions": preemptions, "snapshot": snapshot}))
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ class Pairs(NamedTuple):
 def pairs(length: int, prompt: int, chunk: int, sink_tokens: int, recent_tokens: int) -> Pairs:
     """What each query reads exactly. Everything else it reads from codes.
 
-    Inside the prompt: its own chunk; before it the units that are sinks or in the window at the chunk's start. After the
-    prompt: the units that are sinks or in the window at the query's own length.
+    Inside the prompt: its own chunk; before it the units that are sinks or in the window at the chunk's start. After
+    the prompt: the units that are sinks or in the window at the query's own length.
     """
     own, hot = (torch.zeros(length, length, dtype=torch.bool) for _ in range(2))
     unit = torch.arange(length) // UNIT_TOKENS
@@ -65,9 +65,7 @@ class Oracle:
 
         self.fmt, self.layers, self.skip = fmt, layers or {}, skip
         AttentionInterface.register("manthanquant_oracle", self._attention)
-        self.model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation="manthanquant_oracle"
-        )
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="manthanquant_oracle")
 
     def logprobs(self, ids: list[int], read: Pairs) -> Tensor:
         """Logprob of each token of `ids` from the second on, given those before it, fp32 `[len(ids) - 1]`."""
