@@ -109,10 +109,13 @@ def _kernel(report: PrepareReport, args: argparse.Namespace, engine_flags: Seque
     wanted = _settings(args)
     if wanted.native:
         return report
-    from manthanquant import kernel_report
+    from manthanquant import kernel_report, selfcheck
 
     shape = capacity.model_shape(capacity.read_config(str(report.model_path)))
-    kernel = kernel_report.obtain(wanted, sorted({layer.head_size for layer in shape.layers}))
+    try:
+        kernel = kernel_report.obtain(wanted, sorted({layer.head_size for layer in shape.layers}))
+    except selfcheck.KernelMismatch as error:
+        raise PrepareFailed("KernelMismatch", f"{error}: set MANTHANQUANT_BACKEND=torch and report it") from error
     log.info("kernels %s (%s)", kernel.arch, kernel.source or kernel.message)
     return dataclasses.replace(report, kernel=kernel)
 

@@ -11,12 +11,11 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 
 from manthanquant import capacity, formats, settings
-from manthanquant import reference as ops
 from manthanquant.formats import UNIT_TOKENS, check_head_size
 from manthanquant.reference import HotPool
 from manthanquant.stats import SAMPLE_EVERY, SAMPLE_TOKENS, SHADOW_SAMPLE_EVERY
 from manthanquant.vllm_plugin import chunk, compat, runtime, sampling, shadow
-from manthanquant.vllm_plugin.metadata import Prefill, StepMetadata
+from manthanquant.vllm_plugin.metadata import StepMetadata
 
 
 class CompressedImpl(AttentionImpl[StepMetadata]):
@@ -64,6 +63,7 @@ class CompressedImpl(AttentionImpl[StepMetadata]):
             layer.impl = compat.engine_impl(CPUAttentionBackendImpl, self)
             layer.impl.process_weights_after_loading(act_dtype)
             return
+        self.kernels = state.kernels(self.head_size)
         self.transform = state.transform(index, self.head_size)
         if self.kv_sharing_target_layer_name is not None:  # reads another layer's pages, in that layer's transform
             target = compat.layers_of(get_current_vllm_config())[self.kv_sharing_target_layer_name]
@@ -89,15 +89,8 @@ class CompressedImpl(AttentionImpl[StepMetadata]):
         """Codes the step's keys and values `[T, KV heads, D]` into the pages, before `forward`."""
         metadata: StepMetadata = compat.metadata_of(layer.layer_name)
         state = runtime.current()
-        errors = ops.store(
-            key,
-            value,
-            kv_cache,
-            slot_mapping,
-            self.format,
-            self.transform,
-            self._hot(metadata),
-            metadata.hot_slots,
+        errors = self.kernels.store(
+            key, value, kv_cache, slot_mapping, self.transform, self._hot(metadata), metadata.hot_slots
         )
         tokens = slot_mapping.shape[0]
         state.writes.add_write(
@@ -128,54 +121,75 @@ class CompressedImpl(AttentionImpl[StepMetadata]):
         """Attention of the step's tokens, written into `output` `[T, heads, D]`."""
         if attn_metadata is None:  # compilation's warm-up, without a cache
             return output
-        wanted, metadata = runtime.current().settings, attn_metadata
-        hot = self._hot(metadata)
-        if n := metadata.decodes:
-            output[:n] = ops.attention(
-                query[:n],
-                kv_cache,
-                metadata.block_table[:n],
-                metadata.seq_lens[:n],
-                metadata.query_start_loc[: n + 1],
-                self.format,
-                self.transform,
-                self.scale,
-                window=self.sliding_window,
-                soft_cap=self.soft_cap,
-                sink_tokens=wanted.sink_tokens,
-                recent_tokens=wanted.recent_tokens,
-                hot=hot,
-            ).to(output.dtype)
+        metadata, n = attn_metadata, attn_metadata.decodes
+        if n:
+            self._attend_cache(slice(0, n), slice(0, n), metadata.query_start_loc, query, kv_cache, metadata, output)
         for prefill in metadata.prefills:
-            self._prefill(prefill, query, key, value, kv_cache, metadata, hot, output)
+            rows, count = slice(prefill.first, prefill.last), prefill.last - prefill.first
+            before = prefill.length - count
+            if before and count <= runtime.current().settings.recent_tokens and metadata.hot_table is not None:
+                # So short that its own tokens are in the exact tier too: one kernel reads it all from the cache.
+                starts = torch.tensor([0, count], dtype=torch.int32, device=query.device)
+                request = slice(prefill.row, prefill.row + 1)
+                self._attend_cache(rows, request, starts, query, kv_cache, metadata, output)
+            else:
+                self._attend_chunk(rows, prefill.row, before, query, key, value, kv_cache, metadata, output)
         return output
 
-    def _prefill(
+    def _attend_cache(
         self,
-        prefill: Prefill,
+        rows: slice,
+        requests: slice,
+        query_start_loc: Tensor,
+        query: Tensor,
+        kv_cache: Tensor,
+        metadata: StepMetadata,
+        output: Tensor,
+    ) -> None:
+        """Attention of `query[rows]`, the tokens of `requests`, over the cache alone."""
+        wanted, count = runtime.current().settings, requests.stop - requests.start
+        self.kernels.attention(
+            query[rows],
+            kv_cache,
+            metadata.block_table[requests],
+            metadata.seq_lens[requests],
+            query_start_loc[: count + 1],
+            self.transform,
+            self.scale,
+            window=self.sliding_window,
+            soft_cap=self.soft_cap,
+            sink_tokens=wanted.sink_tokens,
+            recent_tokens=wanted.recent_tokens,
+            hot=self._hot(metadata),
+            out=output[rows],
+        )
+
+    def _attend_chunk(
+        self,
+        rows: slice,
+        row: int,
+        before: int,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
         metadata: StepMetadata,
-        hot: HotPool | None,
         output: Tensor,
     ) -> None:
-        rows = slice(prefill.first, prefill.last)
+        """Attention of a chunk over itself, exact, and over the `before` tokens before it, from the cache."""
         k, v = key[rows], value[rows]
-        before = prefill.length - (prefill.last - prefill.first)
         first = max(0, before - self.sliding_window + 1) if self.sliding_window else 0
         if before > first:
             wanted = runtime.current().settings
             prefix = chunk.read_prefix(
                 kv_cache,
-                metadata.block_table[prefill.row],
+                metadata.block_table[row],
                 first,
                 before,
                 self.format,
                 self.transform,
                 self.head_size,
-                hot,
+                self._hot(metadata),
                 wanted.sink_tokens,
                 wanted.recent_tokens,
             )
@@ -194,6 +208,7 @@ class ShadowImpl(CPUAttentionBackendImpl):
         self._writes = 0
         self._format = formats.get(state.settings.format)
         if isinstance(self._format, formats.Format):
+            self._kernels = state.kernels(self.head_size)
             self._transform = state.transform(compat.layer_index(name), self.head_size)
         if self.kv_sharing_target_layer_name is None:  # the engine's own cache serves: that is what a token costs
             state.count_layer(self.num_kv_heads, self.head_size, layer.kv_cache_torch_dtype.itemsize, None)
@@ -209,7 +224,7 @@ class ShadowImpl(CPUAttentionBackendImpl):
         key, value = key[:tokens], value[:tokens]
         sampled = SAMPLE_TOKENS if self._writes % SHADOW_SAMPLE_EVERY == 0 else 0
         if isinstance(self._format, formats.Format):
-            result = shadow.compress_pages(key, value, self._format, self._transform, sampled)
+            result = shadow.compress_pages(key, value, self._kernels, self._format, self._transform, sampled)
         else:
             result = shadow.compress_vectors(key, value, self._format, sampled)
         state.writes.add_write(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from manthanquant import contract, formats, settings
+from manthanquant import contract, formats, kernel_report, ops, settings
 from manthanquant.stats import WorkerSnapshot, WriteCounters
 from manthanquant.transform import LayerTransform, default_transform
 
@@ -33,6 +33,7 @@ class Runtime:
     def __init__(self, wanted: settings.Settings) -> None:
         self.settings = wanted
         self.writes = WriteCounters()
+        self._kernels: dict[int, ops.Kernels] = {}
         self.pool_bytes = 0
         self.tables: list[HotTable] = []
         self.bytes_per_token = 0
@@ -42,6 +43,17 @@ class Runtime:
     @property
     def format(self) -> formats.Format:
         return formats.get_paged(self.settings.format)
+
+    def kernels(self, head_size: int) -> ops.Kernels:
+        """What stores and attends for this head size, chosen (and built, if need be) at its first layer."""
+        if head_size not in self._kernels:
+            self._kernels[head_size] = ops.kernels(self.format, head_size)
+        return self._kernels[head_size]
+
+    def kernel_report(self) -> contract.KernelReport:
+        if not self._kernels:
+            return contract.KernelReport(kernel_report.TORCH, message="no layer asked for a kernel")
+        return kernel_report.combined([kernels.report for kernels in self._kernels.values()])
 
     def transform(self, index: int, head_size: int) -> LayerTransform:
         """The transform of layer `index`: calibrated, or Hadamard."""
@@ -69,7 +81,7 @@ class Runtime:
         return WorkerSnapshot(
             writes=self.writes,
             hot=self.hot_stats(),
-            kernel=kernel_report(),
+            kernel=self.kernel_report(),
             calibration=self.calibration_report,
             page_bytes=page_bytes,
             hot_pool_bytes=self.pool_bytes,
@@ -82,11 +94,6 @@ class Runtime:
 def current() -> Runtime:
     """This process' runtime, made from the environment at first use."""
     return Runtime(settings.from_env())
-
-
-def kernel_report() -> contract.KernelReport:
-    """Which kernels serve."""
-    return contract.KernelReport("torch")
 
 
 def _load_calibration(wanted: settings.Settings) -> tuple[Calibration | None, contract.CalibrationReport]:

@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from manthanquant import reference as ops
-from manthanquant import vectors
+from manthanquant import ops, vectors
 from manthanquant.formats import UNIT_TOKENS, Format, SeedFormat
 from manthanquant.transform import LayerTransform
 from manthanquant.vllm_plugin import sampling
@@ -22,13 +21,15 @@ class Compressed(NamedTuple):
     value: Tensor
 
 
-def compress_pages(key: Tensor, value: Tensor, fmt: Format, transform: LayerTransform, sampled: int) -> Compressed:
+def compress_pages(
+    key: Tensor, value: Tensor, kernels: ops.Kernels, fmt: Format, transform: LayerTransform, sampled: int
+) -> Compressed:
     """Stores `[T, KV heads, D]` into a page of its own and reads the first `sampled` tokens back."""
     tokens, kv_heads, head_size = key.shape
     page_tokens = -(-max(tokens, 1) // UNIT_TOKENS) * UNIT_TOKENS
     page = torch.zeros(1, kv_heads, page_tokens, fmt.token_bytes(head_size), dtype=torch.uint8, device=key.device)
     slots = torch.arange(tokens, device=key.device)
-    errors = ops.store(key, value, page, slots, fmt, transform)
+    errors = kernels.store(key, value, page, slots, transform)
     return Compressed(errors, *sampling.read_tokens(page, slots[:sampled], fmt, transform, head_size))
 
 
