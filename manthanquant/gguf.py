@@ -46,6 +46,9 @@ def convert(gguf_path: str | Path, out_dir: str | Path) -> Path:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         partial.rename(target)
+    except OSError:
+        if not (target / "config.json").is_file():  # else another process has just made the same
+            raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target

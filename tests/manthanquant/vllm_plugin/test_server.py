@@ -29,7 +29,7 @@ START_SECONDS = 600
 
 
 def environment(tmp_path: Path) -> dict[str, str]:
-    """A checkout that is not installed: entry points in a directory of their own, as an installation would have them."""
+    """For a checkout that is not installed: entry points in a directory of their own, as an installation has them."""
     info = tmp_path / "site" / "manthanquant-0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: manthanquant\nVersion: 0\n")
