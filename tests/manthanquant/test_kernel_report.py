@@ -1,13 +1,8 @@
 import pytest
 
-from manthanquant import contract, kernel_report, ops, selfcheck
+from manthanquant import kernel_report, ops, selfcheck
 from manthanquant.contract import KernelReport
 from manthanquant.settings import Settings
-
-
-@pytest.fixture(autouse=True)
-def own_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(contract.ENV_BACKEND, "auto")
 
 
 def test_several_head_sizes_are_one_report() -> None:
@@ -27,6 +22,11 @@ def test_the_pytorch_path_of_one_is_what_is_reported() -> None:
 def test_formats_without_a_kernel_say_so() -> None:
     report = kernel_report.obtain(Settings("seed3", mode="shadow"), [64])
     assert (report.arch, report.message) == ("torch", "format seed3 has no kernel")
+
+
+def test_the_pytorch_path_on_request() -> None:
+    report = kernel_report.obtain(Settings(backend="torch"), [64])
+    assert (report.arch, report.message) == ("torch", "the PyTorch path was asked for")
 
 
 class Compiled(ops.ReferenceKernels):
