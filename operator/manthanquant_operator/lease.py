@@ -59,7 +59,8 @@ class Lease:
             async with asyncio.timeout(seconds if seconds is not None else self._deadline):
                 return await self._take()
         except (ApiError, TimeoutError) as error:
-            logger.warning("Lease %s/%s: %s", self._settings.namespace, self._settings.name, error or "no answer")
+            why = str(error) or "no answer in time"
+            logger.warning("Lease %s/%s: %s", self._settings.namespace, self._settings.name, why)
             return False
 
     async def _take(self) -> bool:

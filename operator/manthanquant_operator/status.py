@@ -66,10 +66,11 @@ def build(qm: QuantizedModel, plan: Plan, seen: Observed, time: str) -> Quantize
     failure = _failure(seen)
     workload = _workload(qm, plan, seen)
     model = _model(report, seen, failure)
+    kernel = _kernel_status(report, samples)
     now: dict[ConditionType, Verdict] = {
         "Planned": _planned(plan, report),
         "ModelReady": model,
-        "KernelReady": _kernel(report, model),
+        "KernelReady": _kernel(kernel, report, model),
         "WorkloadReady": workload,
         "TelemetryAvailable": _telemetry(seen, samples),
         "Ready": _ready(qm, workload, failure, report),
@@ -83,7 +84,7 @@ def build(qm: QuantizedModel, plan: Plan, seen: Observed, time: str) -> Quantize
         selector=names.selector_string(qm),
         endpoint=None if qm.spec.plan_only else names.endpoint(qm),
         conditions=conditions.merge(qm.status.conditions or (), now, time, generation),
-        kernel=_kernel_status(report, samples),
+        kernel=kernel,
         kv_cache=_kv_cache(qm, plan, report, samples, time),
         load=telemetry.load(samples),
     )
@@ -127,12 +128,12 @@ def _model(report: PrepareReport | None, seen: Observed, failure: Failure | None
     return "Unknown", "Preparing" if seen.pods else "NoPods", "no init container has resolved the model yet"
 
 
-def _kernel(report: PrepareReport | None, model: Verdict) -> Verdict:
-    if report and report.kernel:
-        kernel = report.kernel
-        seconds = f" in {kernel.build_seconds:.1f} s" if kernel.build_seconds is not None else ""
+def _kernel(kernel: KernelStatus | None, report: PrepareReport | None, model: Verdict) -> Verdict:
+    """About the kernels that serve, where a server runs, else about those that the init container obtained."""
+    if kernel:
+        seconds = f", built in {kernel.build_seconds:g} s" if kernel.build_seconds is not None else ""
         note = f": {kernel.message}" if kernel.message else ""
-        return "True", kernel.source or "PyTorch", f"{kernel.arch}{seconds}{note}"
+        return "True", kernel.source or "PyTorch", f"{kernel.sm_arch}{seconds}{note}"
     if report and report.error and report.model_path:
         return "False", report.error.reason, report.error.message
     if report and not report.error:
@@ -168,7 +169,7 @@ def _telemetry(seen: Observed, samples: Sequence[Sample]) -> Verdict:
         return "False", "ScrapeFailed", "; ".join(sorted(errors)[:3])
     if len(samples) < len(ready):
         return "Unknown", "Waiting", "the first statistics are on their way"
-    return "True", "Measured", f"statistics of {len(samples)} servers"
+    return "True", "Measured", f"statistics of {len(samples)} of {len(ready)} servers"
 
 
 def _ready(qm: QuantizedModel, workload: Verdict, failure: Failure | None, report: PrepareReport | None) -> Verdict:

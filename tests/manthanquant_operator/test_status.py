@@ -92,6 +92,13 @@ def test_a_mode_without_kernels(build: Any) -> None:
     )  # fmt: skip
 
 
+def test_a_server_that_fell_back_is_told_though_the_kernels_were_built(build: Any) -> None:
+    stats = dataclasses.replace(STATS, kernel=KernelReport("torch", message="no such file"))
+    found = build(Observed([_pod()], READY, samples={"u": Sample("pod-u", stats, 0.0)}))
+    (kernel,) = (c for c in found.conditions if c.type == "KernelReady")
+    assert (kernel.status, kernel.reason, kernel.message) == ("True", "PyTorch", "torch: no such file")
+
+
 def test_kernels_of_another_digest_do_not_lend_their_build_time(build: Any) -> None:
     stats = dataclasses.replace(STATS, kernel=KernelReport("sm_90a", "Cached", "other"))
     found = build(Observed([_pod()], READY, samples={"u": Sample("pod-u", stats, 0.0)}))

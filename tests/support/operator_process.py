@@ -22,7 +22,7 @@ NAMESPACE = "manthanquant-system"
 ACCOUNT = "manthanquant"
 VALUES = (
     "telemetry.intervalSeconds=1",
-    "leaderElection.leaseSeconds=8",
+    "leaderElection.leaseSeconds=12",
     "allowedHostPaths={/srv/models}",
     "images.cpu.repository=localhost/server-cpu",
 )
@@ -55,6 +55,8 @@ class OperatorProcess:
     health_port: int = 8080
     process: subprocess.Popen[bytes] | None = None
     _log_start: int = 0
+    _audit_read: int = 0
+    _writes: list[dict[str, Any]] = field(default_factory=list)
     values: tuple[str, ...] = field(default=VALUES)
 
     def install(self) -> None:
@@ -116,6 +118,13 @@ class OperatorProcess:
                 self.cluster.in_network(*command), env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
 
+    def ensure(self) -> None:
+        """Starts it again if it ended, as the kubelet would: a starved operator loses its Lease, and must end."""
+        if self.process and self.process.poll() is not None:
+            self.process = None
+        if self.process is None:
+            self.start()
+
     def kill(self) -> None:
         """SIGKILL: no chance to tidy up."""
         assert self.process is not None
@@ -143,12 +152,14 @@ class OperatorProcess:
 
     def writes(self) -> list[dict[str, Any]]:
         """Every write request of the operator that the API server logged, without the Lease's renewals."""
-        events = []
-        for line in self.cluster.audit_log.read_text().splitlines():
-            event = json.loads(line)
-            if event["user"]["username"] == self.user and event.get("objectRef", {}).get("resource") != "leases":
-                events.append(event)
-        return events
+        with self.cluster.audit_log.open() as log:
+            log.seek(self._audit_read)
+            while (line := log.readline()).endswith("\n"):
+                self._audit_read = log.tell()
+                event = json.loads(line)
+                if event["user"]["username"] == self.user and event.get("objectRef", {}).get("resource") != "leases":
+                    self._writes.append(event)
+        return list(self._writes)
 
     def settle(self, quiet: float = 3.0, timeout: float = 60.0) -> None:
         """Waits until it has written nothing for a while."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from localcluster.api import ApiError
 from localcluster.lifecycle import Cluster
 
 from manthanquant.contract import (
@@ -29,7 +30,7 @@ from manthanquant.contract import (
 GROUP = "/apis/manthanquant.io/v1alpha1"
 
 
-def eventually(condition: Callable[[], Any], seconds: float = 30, what: Callable[[], object] = lambda: "") -> Any:
+def eventually(condition: Callable[[], Any], seconds: float = 60, what: Callable[[], object] = lambda: "") -> Any:
     """The first true value of `condition`; fails with `what()` when there is none in time."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
@@ -72,7 +73,7 @@ class Models:
         found = self.status(name).get("conditions", [])
         return next((c for c in found if c["type"] == kind), {"status": "", "reason": "", "message": ""})
 
-    def wait(self, name: str, kind: str, seconds: float = 30, **wanted: str) -> dict[str, Any]:
+    def wait(self, name: str, kind: str, seconds: float = 60, **wanted: str) -> dict[str, Any]:
         """Waits for a condition whose fields match the wanted regular expressions, and returns it."""
 
         def matches() -> dict[str, Any] | None:
@@ -135,9 +136,19 @@ class PlayedKubelet:
 
     def report(self, pod: dict[str, Any], status: dict[str, Any]) -> None:
         metadata = pod["metadata"]
-        patch = json.dumps({"status": status})
-        command = ("patch", "pod", metadata["name"], "--subresource=status", "--type=merge", "-p", patch)
-        self.cluster.kubectl("-n", metadata["namespace"], *command)
+        path = f"/api/v1/namespaces/{metadata['namespace']}/pods/{metadata['name']}/status"
+
+        def written() -> bool:
+            current = self.cluster.api.get(path)
+            try:
+                self.cluster.api.request("PUT", path, {**current, "status": {**current["status"], **status}})
+            except ApiError as error:
+                if error.status != 409:  # the scheduler was faster
+                    raise
+                return False
+            return True
+
+        eventually(written)
 
     def container(self, name: str, state: dict[str, Any], **more: Any) -> dict[str, Any]:
         return {

@@ -35,8 +35,7 @@ def models(control_plane: Cluster, operator: OperatorProcess, request: pytest.Fi
     name = f"t{next(_numbers)}-{words[:40].strip('-')}"
     control_plane.kubectl("create", "namespace", name)
     eventually(lambda: "default" in control_plane.kubectl("-n", name, "get", "sa", "-o", "name"))
-    if operator.process is None:  # a test that failed while it was down
-        operator.start()
+    operator.ensure()
     yield Models(control_plane, name)
     control_plane.kubectl("-n", name, "delete", "qm", "--all", "--wait=false")
     control_plane.kubectl("delete", "namespace", name, "--wait=false")

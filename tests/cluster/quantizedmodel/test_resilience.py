@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from localcluster import cgroups
 from support.operator_process import NAMESPACE, OperatorProcess
 from support.quantizedmodels import Models, PlayedKubelet, eventually
 
@@ -110,7 +113,7 @@ def test_of_two_operators_one_acts(models: Models, operator: OperatorProcess, tm
     second = operator.twin(tmp_path, health_port=8081)
     second.start()
     try:
-        time.sleep(10)  # longer than the Lease's duration
+        time.sleep(14)  # longer than the Lease's duration
         assert not second.is_leading()
         models.create("m", CPU)
         eventually(lambda: _made(models, "m") == ONE_OF_EACH)
@@ -120,8 +123,7 @@ def test_of_two_operators_one_acts(models: Models, operator: OperatorProcess, tm
         eventually(lambda: models.child("service", "m")["spec"]["ports"][0]["port"] == 9000)
     finally:
         second.stop()
-        if operator.process is None:
-            operator.start()
+        operator.ensure()
 
 
 def test_a_stop_is_clean_and_frees_the_lease(operator: OperatorProcess) -> None:
@@ -137,4 +139,19 @@ def test_a_stop_is_clean_and_frees_the_lease(operator: OperatorProcess) -> None:
         assert (status, holder()) == (0, "")
     finally:
         operator.start()
-    eventually(lambda: holder() != "", 5)
+    eventually(lambda: holder() != "")
+
+
+def test_an_api_server_that_restarts_is_met_again(models: Models, operator: OperatorProcess) -> None:
+    """Every watch is dropped and every request fails for a while."""
+    models.create("m", CPU)
+    eventually(lambda: _made(models, "m") == ONE_OF_EACH)
+    for pid in cgroups.processes(models.cluster.instance.cgroup):
+        if b"/kube-apiserver\0" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(pid, signal.SIGKILL)
+    eventually(models.cluster.api.ready)
+    operator.ensure()  # it ends when it cannot renew its Lease in time
+    models.create("n", {"model": {"uri": "hf://a/b"}, "resources": {"accelerator": "cpu"}})
+    eventually(lambda: "Deployment" in models.children("n"), 120)
+    models.patch("m", {"spec": {"service": {"port": 9000}}})
+    eventually(lambda: models.child("service", "m")["spec"]["ports"][0]["port"] == 9000, 120)

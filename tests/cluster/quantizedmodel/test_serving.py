@@ -59,7 +59,7 @@ def test_the_estimate_comes_before_the_measurement(models: Models, kubelet: Play
     models.create("m", CPU)
     (pod,) = models.pods("m")
     kubelet.report(pod, {"initContainerStatuses": [kubelet.prepared()]})
-    models.wait("m", "KernelReady", status="True", reason="Built", message="cpu-avx512 in 21.4 s")
+    models.wait("m", "KernelReady", status="True", reason="Built", message="cpu-avx512, built in 21 s")
     models.wait("m", "ModelReady", status="True", reason="Resolved", message="/models, 269.0Mi")
     models.wait("m", "Planned", status="True", reason="Estimated", message="229,376 tokens")
     cache = models.status("m")["kvCache"]
