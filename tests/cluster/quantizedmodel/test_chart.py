@@ -183,8 +183,8 @@ def test_install_upgrade_uninstall(own_plane: Cluster) -> None:
     assert get("qm", "m", "-n", "default")["metadata"]["generation"] == 1
 
     helm("uninstall", "mq", *where, cluster=own_plane)
-    assert get("deployment,configmap,sa,role", "-n", "sys", "-l", "app.kubernetes.io/instance=mq")["items"] == []
-    assert get("clusterrole,clusterrolebinding", "-l", "app.kubernetes.io/instance=mq")["items"] == []
+    kinds = "deployment,configmap,serviceaccount,role,rolebinding,clusterrole,clusterrolebinding"
+    assert own_plane.kubectl("get", kinds, "-n", "sys", "-l", "app.kubernetes.io/instance=mq", "-o", "name") == ""
     assert get("qm", "m", "-n", "default") is not None  # crds.keep
     helm("install", "mq", str(CHART), *where, "--set", "crds.keep=false", cluster=own_plane)
     helm("uninstall", "mq", *where, cluster=own_plane)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +151,15 @@ def test_an_api_server_that_restarts_is_met_again(models: Models, operator: Oper
         if b"/kube-apiserver\0" in Path(f"/proc/{pid}/cmdline").read_bytes():
             os.kill(pid, signal.SIGKILL)
     eventually(models.cluster.api.ready)
-    operator.ensure()  # it ends when it cannot renew its Lease in time
+
+    def kubelet_and(condition: Callable[[], bool]) -> Callable[[], bool]:
+        def check() -> bool:
+            operator.ensure()  # it ends where it could not renew its Lease in time, and the kubelet starts it again
+            return condition()
+
+        return check
+
     models.create("n", {"model": {"uri": "hf://a/b"}, "resources": {"accelerator": "cpu"}})
-    eventually(lambda: "Deployment" in models.children("n"), 120)
+    eventually(kubelet_and(lambda: "Deployment" in models.children("n")), 120)
     models.patch("m", {"spec": {"service": {"port": 9000}}})
-    eventually(lambda: models.child("service", "m")["spec"]["ports"][0]["port"] == 9000, 120)
+    eventually(kubelet_and(lambda: models.child("service", "m")["spec"]["ports"][0]["port"] == 9000), 120)
