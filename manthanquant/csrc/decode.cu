@@ -1,0 +1,65 @@
+// Decode attention as a build sees it. Macros choose what is compiled, so that a model builds only what it uses:
+//   MQ_SM         architecture, e.g. 90
+//   MQ_FORMAT     K3V3, K42V3, K42V42 or K4V4
+//   MQ_HEAD_SIZE  64, 80, 96, 128 or 256
+//   MQ_ROWS       4 or 8 (query token, head) rows of a KV head at a time
+//   MQ_EXACT      1: with the exact tier
+//   MQ_BULK_COPY  0 forces the cp.async path where bulk copies exist
+#include "decode.h"
+
+#include "decode_attention.cuh"
+#include "decode_dense.cuh"
+
+namespace mq {
+namespace {
+
+template <int kTeamWarps>
+using Built = Variant<MQ_FORMAT, MQ_HEAD_SIZE, MQ_ROWS, kTeamWarps, MQ_EXACT>;
+
+// A large team is half of a large CTA, or all of a small one. Small teams are for very many pairs.
+constexpr int kWarps = Built<2>::kWarps;
+constexpr int kLargeTeam = kWarps > 8 ? kWarps / 2 : kWarps;
+constexpr int kSmallTeam = kLargeTeam == 6 ? 4 : kLargeTeam == 2 ? 2 : kLargeTeam / 2;
+
+template <class Params>
+cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared, cudaStream_t stream,
+                   const Params& params) {
+    cudaLaunchAttribute overlap{};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = threads;
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &overlap;
+    config.numAttrs = MQ_SM >= 90 ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, params);
+}
+
+template <class V>
+cudaError_t launch_variant(const DecodeParams& params, int ctas, cudaStream_t stream) {
+    constexpr int kShared = SharedLayout<V>::kBytes;
+    static const cudaError_t prepared =
+        cudaFuncSetAttribute(decode_attention_kernel<V>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+    if (prepared != cudaSuccess) return prepared;
+    return launch(decode_attention_kernel<V>, ctas, V::kThreads, kShared, stream, params);
+}
+
+}  // namespace
+
+DecodeBuild decode_build() {
+    return {MQ_ROWS, Built<2>::kTileFloats, MQ_EXACT ? kMaxExactUnits : 0, kWarps, kLargeTeam, kSmallTeam};
+}
+
+cudaError_t launch_decode(const DecodeParams& params, int ctas, bool small_teams, cudaStream_t stream) {
+    return small_teams ? launch_variant<Built<kSmallTeam>>(params, ctas, stream)
+                       : launch_variant<Built<kLargeTeam>>(params, ctas, stream);
+}
+
+cudaError_t launch_dense(const DenseParams& params, cudaStream_t stream) {
+    const dim3 grid(params.kv_heads, ceil_div(params.tokens * params.group, kDenseRows));
+    return launch(dense_kernel<MQ_HEAD_SIZE>, grid, MQ_HEAD_SIZE, 0, stream, params);
+}
+
+}  // namespace mq

@@ -1,0 +1,28 @@
+// The host's side of decode attention. A build holds one format, head size and row count, with or without the exact
+// tier; it starts one launch, or three with dense transforms.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "decode_params.h"
+
+namespace mq {
+
+// What a build is and needs, for the caller's choices and scratch memory.
+struct DecodeBuild {
+    int rows;             // (query token, head) rows a pair
+    int tile_floats;      // of a partial result; its states are 2 * rows floats
+    int max_exact_units;  // of a sequence; 0 without the exact tier
+    int warps;            // a CTA
+    int large_team;       // warps
+    int small_team;
+};
+DecodeBuild decode_build();
+
+// Attention for every request. `ctas`: one a multiprocessor.
+cudaError_t launch_decode(const DecodeParams& params, int ctas, bool small_teams, cudaStream_t stream);
+
+// A dense transform: of queries before, of outputs after.
+cudaError_t launch_dense(const DenseParams& params, cudaStream_t stream);
+
+}  // namespace mq

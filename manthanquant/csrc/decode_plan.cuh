@@ -1,0 +1,184 @@
+// Who works on what. The blocks of all (request, KV head, row tile) pairs form one list; each team of warps takes an
+// equal stretch of it. Nothing is stored: every warp finds its stretch from the sequence lengths alone, so a captured
+// graph is balanced at whatever lengths it is replayed with.
+//
+// The items of a pair are its blocks of 64 coded tokens, then its exact units (one unit of bf16 moves about as many
+// bytes as a block of codes). A stretch cuts at most two pairs in the middle; their parts are merged at the end.
+#pragma once
+
+#include "decode_params.h"
+#include "layout.h"
+#include "ptx.cuh"
+
+namespace mq {
+
+constexpr int kBlockUnits = 4;  // a block, 64 tokens: what a warp copies and multiplies at a time
+constexpr int kBlockTokens = kBlockUnits * kUnitTokens;
+
+constexpr int kWholePairSlack = 16;  // a stretch may grow by this part of it so that it ends with a pair
+
+MQ_HOST_DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// unit / page_units by a multiplication: exact for units below 2^31 / page_units^2, far above any sequence.
+__device__ __forceinline__ int page_of_unit(const DecodeParams& params, int unit) {
+    return static_cast<int>(__umulhi(static_cast<uint32_t>(2 * unit), params.page_magic));
+}
+
+// Where a request's exact copy of a unit is: its slot, or -1.
+__device__ __forceinline__ int exact_slot(const DecodeParams& params, int request, int unit) {
+    const int index = page_of_unit(params, unit);
+    const int page = __ldg(params.block_table + request * params.table_stride + index);
+    return __ldg(params.hot_slot + static_cast<int64_t>(page) * params.page_units + unit - index * params.page_units);
+}
+
+// What a launch reads of one request.
+struct Span {
+    int units;         // that hold tokens
+    int first_block;   // blocks before it are outside every row's window
+    int coded_blocks;  // at least one, so that an empty request still writes its (zero) output
+    int first_sink;    // exact units are [first_sink, first_sink + sinks) and [first_recent, units)
+    int sinks;
+    int first_recent;
+
+    __device__ int exact_units() const { return sinks + units - first_recent; }
+    __device__ int items() const { return coded_blocks + exact_units(); }
+    __device__ int exact_unit(int index) const {
+        return index < sinks ? first_sink + index : first_recent + index - sinks;
+    }
+    // The index of a unit among the exact ones, or -1.
+    __device__ int exact_index(int unit) const {
+        if (unit >= first_sink && unit < first_sink + sinks) return unit - first_sink;
+        return unit >= first_recent && unit < units ? sinks + unit - first_recent : -1;
+    }
+};
+
+template <bool kHasExact>
+__device__ __forceinline__ Span request_span(const DecodeParams& params, int request) {
+    const int length = __ldg(params.seq_lens + request);
+    // The first query token sees the oldest keys.
+    const int oldest = params.window > 0 ? max(0, length - params.query_tokens + 1 - params.window) : 0;
+    Span span;
+    span.units = ceil_div(length, kUnitTokens);
+    span.first_block = oldest / kBlockTokens;
+    span.coded_blocks = max(1, ceil_div(length, kBlockTokens) - span.first_block);
+    span.first_sink = 0, span.sinks = 0, span.first_recent = span.units;
+    if constexpr (kHasExact) {
+        const int visible = oldest / kUnitTokens, sink_end = min(params.sink_units, span.units);
+        span.first_sink = visible;
+        span.sinks = max(0, sink_end - visible);
+        if (params.recent_tokens > 0)
+            span.first_recent = max(max(0, length - params.recent_tokens) / kUnitTokens, max(sink_end, visible));
+    }
+    return span;
+}
+
+// The part of one pair that a team works on: items [begin, end).
+struct Segment {
+    int request;
+    int head;      // KV head
+    int row_tile;
+    int begin;
+    int end;
+};
+
+// A team's stretch, segment by segment.
+template <bool kHasExact>
+class Work {
+  public:
+    // Collective over a warp. `team` of `teams`, of `team_warps` each.
+    __device__ __forceinline__ Work(const DecodeParams& params, int team, int teams, int team_warps) {
+        const int lane = threadIdx.x % 32, pairs = params.kv_heads * params.row_tiles;
+        const auto items_of = [&](int request) {
+            return request < params.requests ? request_span<kHasExact>(params, request).items() : 0;
+        };
+        const int first_round = items_of(lane);  // all there is, for 32 requests or fewer
+        int items = first_round, longest = first_round;
+        for (int request = lane + 32; request < params.requests; request += 32) {
+            const int own = items_of(request);
+            items += own;
+            longest = max(longest, own);
+        }
+        const int total = __reduce_add_sync(kFullWarp, items) * pairs;
+        longest = __reduce_max_sync(kFullWarp, longest);
+        stretch = stretch_of(total, longest, teams, team_warps);
+
+        const int first = team * stretch;
+        left_ = max(0, min(stretch, total - first));
+        segment = {};
+        if (left_ == 0) return;
+        int before = 0;  // items of the requests before this round of 32
+        for (int base = 0;; base += 32) {
+            const int own = base == 0 ? first_round : items_of(base + lane);
+            int upto = own;
+#pragma unroll
+            for (int step = 1; step < 32; step *= 2) {
+                const int other = __shfl_up_sync(kFullWarp, upto, step);
+                if (lane >= step) upto += other;
+            }
+            const unsigned ends_later = __ballot_sync(kFullWarp, (before + upto) * pairs > first);
+            if (ends_later != 0) {
+                const int found = __ffs(ends_later) - 1;
+                const int items_before = before + __shfl_sync(kFullWarp, upto - own, found);
+                const int pair_items = __shfl_sync(kFullWarp, own, found);
+                const int offset = first - items_before * pairs, pair = offset / pair_items;
+                segment.request = base + found;
+                segment.head = params.row_tiles == 1 ? pair : pair / params.row_tiles;
+                segment.row_tile = pair - segment.head * params.row_tiles;
+                segment.begin = offset - pair * pair_items;
+                segment.end = min(pair_items, segment.begin + left_);
+                return;
+            }
+            before += __shfl_sync(kFullWarp, upto, 31);
+        }
+    }
+
+    __device__ bool done() const { return left_ == 0; }
+
+    __device__ __forceinline__ void next(const DecodeParams& params) {
+        left_ -= segment.end - segment.begin;
+        if (left_ == 0) return;
+        if (++segment.row_tile == params.row_tiles) segment.row_tile = 0, ++segment.head;
+        if (segment.head == params.kv_heads) segment.head = 0, ++segment.request;
+        segment.begin = 0;
+        segment.end = min(request_span<kHasExact>(params, segment.request).items(), left_);
+    }
+
+    Segment segment;
+    int stretch;  // items a team
+
+  private:
+    // A multiple of the team's warps; or of the longest pair, where that is nearly as short: then nothing is cut.
+    __device__ static __forceinline__ int stretch_of(int total, int longest, int teams, int team_warps) {
+        const int least = ceil_div(total, teams), even = ceil_div(least, team_warps) * team_warps;
+        const int whole = ceil_div(least, longest) * longest;
+        return whole <= even + even / kWholePairSlack ? whole : even;
+    }
+
+    int left_;  // items from segment.begin on
+};
+
+__device__ __forceinline__ int pair_index(const DecodeParams& params, const Segment& segment) {
+    return (segment.request * params.kv_heads + segment.head) * params.row_tiles + segment.row_tile;
+}
+
+// How many teams share the pair of a segment, and where its parts lie in scratch. Slots pair + team are distinct, and
+// consecutive for the parts of one pair.
+struct Split {
+    int parts;
+    int first_slot;
+    int slot;
+};
+
+__device__ __forceinline__ Split split_of(const DecodeParams& params, const Segment& segment, int pair_items,
+                                          int stretch, int team) {
+    const int pair = pair_index(params, segment);
+    // This team's stretch begins at team * stretch, or inside the pair: `before` items of the pair precede it.
+    const int before_teams = ceil_div(segment.begin, stretch);
+    const int from_here = pair_items - segment.begin;
+    // A segment that starts a pair may start anywhere in the team's stretch; what it takes of it is `end`.
+    const int later_teams = ceil_div(from_here - (segment.end - segment.begin), stretch);
+    const int first_team = team - before_teams;
+    return {before_teams + 1 + later_teams, pair + first_team, pair + team};
+}
+
+}  // namespace mq

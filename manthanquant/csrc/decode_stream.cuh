@@ -1,0 +1,197 @@
+// A warp's stream of items from memory into its own ring in shared memory.
+//
+// Each warp is its own producer and consumer, so no CTA barrier stands in the loop. On sm_90 and later one lane asks
+// the copy engine for a whole item and an mbarrier counts its bytes; before that all lanes copy with cp.async. The
+// stream runs on across the segments of the team's stretch, so the next pair's first block is already on its way while
+// the last one is merged. Page ids and slots are read one item ahead.
+#pragma once
+
+#include "decode_plan.cuh"
+
+namespace mq {
+
+// Bytes of bf16 keys, or values, of an exact unit.
+template <class Unit>
+constexpr int exact_side_bytes() {
+    return kUnitTokens * Unit::head_size * 2;
+}
+
+// A place of the ring: for a block of codes, and for keys and values of an exact unit.
+template <class Unit, bool kHasExact>
+constexpr int slot_bytes() {
+    constexpr int kBlock = kBlockUnits * Unit::bytes, kExact = 2 * exact_side_bytes<Unit>();
+    return kHasExact && kExact > kBlock ? kExact : kBlock;
+}
+
+template <class Unit, int kStages, int kTeamWarps, bool kBulkCopy, bool kHasExact>
+class ItemStream {
+  public:
+    static constexpr int kExactSideBytes = exact_side_bytes<Unit>();
+    static constexpr int kSlotBytes = slot_bytes<Unit, kHasExact>();
+    static constexpr int kRingBytes = kStages * kSlotBytes;
+
+    // Collective over a warp. `ring` and `barriers` (kStages of them) are the warp's own.
+    __device__ __forceinline__ ItemStream(const DecodeParams& params, const Work<kHasExact>& work, int warp_in_team,
+                                          uint8_t* ring, uint64_t* barriers)
+        : params_(params), work_(work), lane_(threadIdx.x % 32), warp_in_team_(warp_in_team), ring_(ring),
+          ring_address_(shared_address(ring)), barrier_(shared_address(barriers)) {
+        if constexpr (kBulkCopy) {
+            if (lane_ == 0) {
+                for (int stage = 0; stage < kStages; ++stage) mbarrier_init(barrier_ + 8 * stage, 1);
+                mbarrier_init_fence();
+            }
+            __syncwarp();
+            policy_ = evict_first_policy();
+        }
+        if (work_.done()) {
+            open_ = false;
+        } else {
+            enter_segment();
+            seek();
+        }
+    }
+
+    __device__ __forceinline__ void fill() {
+#pragma unroll
+        for (int stage = 0; stage < kStages; ++stage) issue(stage);
+    }
+
+    // The warp's next item, once it has landed: a block of codes, or keys and values of an exact unit.
+    __device__ __forceinline__ const uint8_t* wait() {
+        if constexpr (kBulkCopy) {
+            mbarrier_wait(barrier_ + 8 * stage_, parity_);
+        } else {
+            cp_async_wait<kStages - 1>();
+            __syncwarp();
+        }
+        return ring_ + stage_ * kSlotBytes;
+    }
+
+    // The whole warp has read that item: its place takes the item that comes kStages later.
+    __device__ __forceinline__ void release() {
+        __syncwarp();
+        issue(stage_);
+        if (++stage_ == kStages) stage_ = 0, parity_ ^= 1;
+    }
+
+  private:
+    __device__ __forceinline__ void enter_segment() {
+        const Segment& segment = work_.segment;
+        const Span span = request_span<kHasExact>(params_, segment.request);
+        units_ = span.units;
+        block_ = span.first_block + segment.begin + warp_in_team_;
+        coded_end_ = span.first_block + span.coded_blocks;
+        end_ = span.first_block + segment.end;
+        table_ = params_.block_table + segment.request * params_.table_stride;
+        head_ = params_.cache + segment.head * params_.head_stride;
+    }
+
+    // Moves on to the segment that holds this warp's next item, and reads where that lies.
+    __device__ __forceinline__ void seek() {
+        while (block_ >= end_) {
+            work_.next(params_);
+            if (work_.done()) {
+                open_ = false;
+                return;
+            }
+            enter_segment();
+        }
+        if (is_exact()) {
+            const Span span = request_span<kHasExact>(params_, work_.segment.request);
+            page_ = exact_slot(params_, work_.segment.request, span.exact_unit(block_ - coded_end_));
+            return;
+        }
+        const int unit = block_ * kBlockUnits + lane_;
+        page_ = lane_ < kBlockUnits && unit < units_ ? __ldg(table_ + page_of_unit(params_, unit)) : 0;
+    }
+
+    __device__ bool is_exact() const { return kHasExact && block_ >= coded_end_; }
+
+    __device__ __forceinline__ const uint8_t* unit_source(int unit, int page) const {
+        const int in_page = unit - page_of_unit(params_, unit) * params_.page_units;
+        return head_ + page * params_.page_stride + in_page * Unit::bytes;
+    }
+
+    __device__ __forceinline__ void issue(int stage) {
+        if (open_) {
+            const uint32_t target = ring_address_ + stage * kSlotBytes, barrier = barrier_ + 8 * stage;
+            if (is_exact()) {
+                copy_exact(target, barrier);
+            } else if constexpr (kBulkCopy) {
+                copy_block_bulk(target, barrier);
+            } else {
+                copy_block_by_lanes(target);
+            }
+            block_ += kTeamWarps;
+            seek();
+        }
+        if constexpr (!kBulkCopy) cp_async_commit();  // an empty group keeps the count of groups in flight
+    }
+
+    // How many of the next block's units hold tokens.
+    __device__ int block_units() const { return max(0, min(kBlockUnits, units_ - block_ * kBlockUnits)); }
+
+    __device__ __forceinline__ void copy_block_bulk(uint32_t target, uint32_t barrier) {
+        const int count = block_units();
+        const bool whole = params_.page_units % kBlockUnits == 0;  // then a block lies in one page: one copy
+        if (lane_ == 0) mbarrier_expect(barrier, count * Unit::bytes);
+        __syncwarp();
+        if (lane_ < (whole ? min(count, 1) : count))
+            bulk_copy(target + lane_ * Unit::bytes, unit_source(block_ * kBlockUnits + lane_, page_),
+                      whole ? count * Unit::bytes : Unit::bytes, barrier, policy_);
+        __syncwarp();
+    }
+
+    __device__ __forceinline__ void copy_block_by_lanes(uint32_t target) {
+        for (int unit = 0; unit < block_units(); ++unit)
+            copy_run(target + unit * Unit::bytes,
+                     unit_source(block_ * kBlockUnits + unit, __shfl_sync(kFullWarp, page_, unit)), Unit::bytes);
+    }
+
+    // Keys, then values. A unit without a slot is an item without bytes.
+    __device__ __forceinline__ void copy_exact(uint32_t target, uint32_t barrier) {
+        const int64_t first = page_ * params_.hot_slot_stride + work_.segment.head * params_.hot_head_stride;
+        const uint16_t *keys = params_.hot_key + first, *values = params_.hot_value + first;
+        if constexpr (kBulkCopy) {
+            if (lane_ == 0) {
+                mbarrier_expect(barrier, page_ >= 0 ? 2 * kExactSideBytes : 0);
+                if (page_ >= 0) {
+                    bulk_copy(target, keys, kExactSideBytes, barrier, policy_);
+                    bulk_copy(target + kExactSideBytes, values, kExactSideBytes, barrier, policy_);
+                }
+            }
+            __syncwarp();
+        } else if (page_ >= 0) {
+            copy_run(target, keys, kExactSideBytes);
+            copy_run(target + kExactSideBytes, values, kExactSideBytes);
+        }
+    }
+
+    __device__ __forceinline__ void copy_run(uint32_t target, const void* source, int bytes) {
+        for (int byte = lane_ * 16; byte < bytes; byte += kLanes * 16)
+            cp_async_16(target + byte, static_cast<const uint8_t*>(source) + byte);
+    }
+
+    const DecodeParams& params_;
+    Work<kHasExact> work_;
+    int lane_;
+    int warp_in_team_;
+    uint8_t* ring_;
+    uint32_t ring_address_;
+    uint32_t barrier_;
+    uint64_t policy_ = 0;
+
+    bool open_ = true;  // there is an item to copy
+    int block_;         // the next item, counted as a block of the sequence
+    int coded_end_;     // from here on items are exact units
+    int end_;
+    int units_;
+    int page_;  // lanes 0 to 3: the pages of its units. An exact unit: its slot
+    const int32_t* table_;
+    const uint8_t* head_;
+
+    int stage_ = 0;
+    uint32_t parity_ = 0;
+};
+
+}  // namespace mq
