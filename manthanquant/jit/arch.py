@@ -70,8 +70,10 @@ def _cpu_features(cpuinfo: Path) -> frozenset[str]:
 
 # The least compute capability that each serves; `a` has the instructions of that capability alone.
 _CUDA_CAPABILITIES = {"80": (8, 0), "86": (8, 6), "89": (8, 9), "90a": (9, 0), "100a": (10, 0), "120a": (12, 0)}
+# Sources see the capability as MQ_SM, in host code too.
 CUDA_ARCHES = tuple(
-    Arch(f"sm_{name}", (f"-gencode=arch=compute_{name},code=sm_{name}",)) for name in _CUDA_CAPABILITIES
+    Arch(f"sm_{name}", (f"-gencode=arch=compute_{name},code=sm_{name}", f"-DMQ_SM={10 * least[0] + least[1]}"))
+    for name, least in _CUDA_CAPABILITIES.items()
 )
 ARCHES = (*CPU_ARCHES, *CUDA_ARCHES)
 

@@ -12,6 +12,7 @@ from manthanquant.jit.spec import Extension
 CSRC = Path(__file__).parent.parent / "csrc"
 _CUDA_TYPES = {"bfloat16": "__nv_bfloat16", "float16": "__half"}
 DTYPES = tuple(_CUDA_TYPES)
+DECODE_ROWS = (4, 8)  # (query token, head) rows of a KV head that a decode kernel works on at a time
 
 
 @cache
@@ -42,6 +43,27 @@ def store_extension(fmt: Format, head_size: int, dtype: str) -> Extension:
 
 
 @cache
+def decode_extension(
+    fmt: Format, head_size: int, rows: int, *, exact: bool, bulk_copy: bool | None = None
+) -> Extension:
+    """Decode attention, for one format, head size and rows at a time (4 or 8), with or without the exact tier.
+
+    `bulk_copy` False forces the path for GPUs without bulk copies; None lets the architecture choose.
+    """
+    check_head_size(head_size)
+    tier, path = "exact" if exact else "coded", "" if bulk_copy is None else f"_bulk{bulk_copy:d}"
+    return _cuda_extension(
+        f"manthanquant_decode_{fmt.name}_d{head_size}_r{rows}_{tier}{path}",
+        "decode",
+        f"-DMQ_FORMAT={fmt.name.upper()}",
+        f"-DMQ_HEAD_SIZE={head_size}",
+        f"-DMQ_ROWS={rows}",
+        f"-DMQ_EXACT={exact:d}",
+        *(() if bulk_copy is None else (f"-DMQ_BULK_COPY={bulk_copy:d}",)),
+    )
+
+
+@cache
 def vectors_extension() -> Extension:
     """The CUDA encode and decode of plain vectors: every dtype and size in one module."""
     return _cuda_extension("manthanquant_vectors", "vectors")
@@ -49,7 +71,8 @@ def vectors_extension() -> Extension:
 
 def cuda_extensions(fmt: Format, head_size: int, dtype: str) -> tuple[Extension, ...]:
     """Every CUDA kernel that a model of this head size and dtype uses."""
-    return (store_extension(fmt, head_size, dtype),)
+    decode = [decode_extension(fmt, head_size, rows, exact=exact) for rows in DECODE_ROWS for exact in (True, False)]
+    return (store_extension(fmt, head_size, dtype), *decode)
 
 
 def _cuda_extension(name: str, stem: str, *flags: str) -> Extension:
