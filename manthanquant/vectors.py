@@ -101,7 +101,7 @@ def _encode_seed(x: Tensor, fmt: formats.SeedFormat) -> tuple[Tensor, Tensor]:
     Every step is one IEEE fp32 operation and `_square` fixes the order of the sum, so a kernel can match all bits.
     """
     boundaries = torch.tensor(midpoints(lloyd_max(fmt.bits)), device=x.device)
-    radius = _square(x).sqrt()
+    radius = _square(x).double().sqrt().float()  # some CPU libraries' fp32 root is not IEEE's
     unit = x * (torch.tensor(math.sqrt(x.shape[1]), device=x.device) / radius.clamp_min(1e-30))
     codes = torch.bucketize(unit.contiguous(), boundaries).to(torch.uint8)
     return pack_bitstream(codes, fmt.bits), radius.view(torch.uint8).view(x.shape[0], fmt.radius_bytes)
