@@ -18,9 +18,9 @@
 // the same word never lose each other's bits, in whatever order the tokens are listed. Only a slot listed twice in
 // one call gets a mix of both tokens; no other token is touched.
 //
-// Codes equal those of manthanquant.quantize except near a decision boundary, see store_quantize.cuh; tests hold them to
-// the tolerance in manthanquant/cuda/store.py. A vector with NaN or an infinity gets scale 0 and is counted; it stays in
-// its own row of the matrix product.
+// Codes equal those of manthanquant.quantize except near a decision boundary (store_quantize.cuh); tests hold them to
+// the tolerance in manthanquant/cuda/store.py. A vector with NaN or an infinity gets scale 0 and is counted; it stays
+// in its own row of the matrix product.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_pipeline.h>
@@ -46,7 +46,7 @@ constexpr int kChunk = 4;                // blocks of Y in registers at a time
 constexpr int kWindow = 16;              // tokens a warp looks at
 
 constexpr int kWarps = 4;                                     // of a CTA
-constexpr int kMatrixWarps = kHeadSize > 128 ? 4 : 8;         // a matrix in shared memory is shared by more, if they fit
+constexpr int kMatrixWarps = kHeadSize > 128 ? 4 : 8;         // share a matrix in shared memory, if they fit
 constexpr int kWarpsPerProcessor = kHeadSize > 128 ? 8 : 16;  // what registers allow
 constexpr int kWarpBytes = kBlocks * 2 * kLanes * sizeof(float4);  // Y of a warp
 constexpr int kMatrixBytes = kHeadSize * kHeadSize * 2;

@@ -9,8 +9,8 @@ namespace {
 using Side = std::tuple<uintptr_t, int64_t, int64_t, uintptr_t, int64_t, bool, uintptr_t, float, float, uintptr_t>;
 
 mq::StoreSide store_side(const Side& side) {
-    const auto [input, token_stride, head_stride, operand, operand_head_stride, is_matrix, minus_mean, scale0, scale1, hot] =
-        side;
+    const auto [input, token_stride, head_stride, operand, operand_head_stride, is_matrix, minus_mean, scale0, scale1,
+                hot] = side;
     return {mq::pointer<const void>(input),
             token_stride,
             head_stride,

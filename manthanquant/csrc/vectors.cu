@@ -1,8 +1,8 @@
 // The seed format's codec: [N, D] vectors to a radius and 3-bit codes, and back, one launch each, bit for bit what
 // manthanquant.vectors computes in PyTorch.
 //
-// To encode, a lane takes 32 consecutive elements, three whole words of the code stream; 2, 4 or 8 lanes make a vector of
-// up to 64, 128 or 256 elements, and longer ones are walked in blocks of 256. Squares are summed in the reference's
+// To encode, a lane takes 32 consecutive elements, three whole words of the code stream; 2, 4 or 8 lanes make a vector
+// of up to 64, 128 or 256 elements, and longer ones are walked in blocks of 256. Squares are summed in the reference's
 // order, neighbours first, which is a lane's own elements, then a butterfly over lanes. No operation is contracted to
 // FMA where the reference rounds twice. To decode, a lane takes 16 elements, so that stores lie closer together.
 //

@@ -100,24 +100,10 @@ def store(
     Raises:
         ValueError: an argument does not fit the others; the text names it.
     """
-    tokens, kv_heads = slot_mapping.shape[0], cache.shape[1]
-    units = pages_as_units(cache, transform.fmt, transform.head_size)
-    for name, x in (("key", key), ("value", value)):
-        if x.shape[0] < tokens or x.shape[1:] != (kv_heads, transform.head_size) or x.dtype != transform.dtype:
-            raise ValueError(
-                f"{name}: expected {transform.dtype} [at least {tokens}, {kv_heads}, {transform.head_size}], "
-                f"got {x.dtype} {tuple(x.shape)}"
-            )
-    if slot_mapping.dtype != torch.int64 or not slot_mapping.is_contiguous():
-        raise ValueError(f"slot_mapping: expected contiguous int64, got {slot_mapping.dtype}")
-    if cache.data_ptr() % 16 or units.stride(0) % 16 or units.stride(1) % 16:
-        raise ValueError(f"cache: units must start at multiples of 16 bytes, got strides {cache.stride()}")
-    if hot_slots is not None and (hot is None or hot_slots.dtype != torch.int64 or hot_slots.shape[0] < tokens):
-        raise ValueError(f"hot_slots: expected int64 [at least {tokens}] with a pool, got {tuple(hot_slots.shape)}")
     launch = _traced if torch.compiler.is_compiling() else _launch
     launch(
-        _loadable(key),
-        _loadable(value),
+        key,
+        value,
         cache,
         slot_mapping,
         transform.fmt.name,
@@ -126,6 +112,8 @@ def store(
         transform.value.data,
         [transform.key.is_matrix, transform.value.is_matrix],
         [*transform.key.output_scale, *transform.value.output_scale],
+        transform.head_size,
+        transform.dtype,
         hot.key if hot else None,
         hot.value if hot else None,
         hot_slots,
@@ -144,17 +132,31 @@ def _launch(
     value_operand: Tensor,
     is_matrix: list[bool],
     output_scale: list[float],
+    head_size: int,
+    dtype: torch.dtype,
     hot_key: Tensor | None,
     hot_value: Tensor | None,
     hot_slots: Tensor | None,
     nonfinite: Tensor | None,
 ) -> None:
-    """One launch. Tensors and plain values only, so that it can be a torch operator."""
-    fmt, head_size = get_paged(fmt_name), key.shape[2]
+    """Checks and launches. Takes tensors and plain values only, so that it can be a torch operator."""
+    fmt = get_paged(fmt_name)
+    tokens, kv_heads = slot_mapping.shape[0], cache.shape[1]
     units = pages_as_units(cache, fmt, head_size)
-    page_units = units.shape[2]
+    for name, x in (("key", key), ("value", value)):
+        if x.shape[0] < tokens or x.shape[1:] != (kv_heads, head_size) or x.dtype != dtype:
+            raise ValueError(
+                f"{name}: expected {dtype} [at least {tokens}, {kv_heads}, {head_size}], got {x.dtype} {tuple(x.shape)}"
+            )
+    if slot_mapping.dtype != torch.int64 or not slot_mapping.is_contiguous():
+        raise ValueError(f"slot_mapping: expected contiguous int64, got {slot_mapping.dtype}")
+    if cache.data_ptr() % 16 or units.stride(0) % 16 or units.stride(1) % 16:
+        raise ValueError(f"cache: units must start at multiples of 16 bytes, got strides {cache.stride()}")
+    if hot_slots is not None and (hot_key is None or hot_slots.dtype != torch.int64 or hot_slots.shape[0] < tokens):
+        raise ValueError(f"hot_slots: expected int64 [at least {tokens}] with a pool, got {tuple(hot_slots.shape)}")
+    key, value, page_units = _loadable(key), _loadable(value), units.shape[2]
     with torch.cuda.device(cache.device):
-        module = module_for(store_extension(fmt, head_size, DTYPES[key.dtype]), cache.device)
+        module = module_for(store_extension(fmt, head_size, DTYPES[dtype]), cache.device)
         module.store(
             stream_of(cache.device),
             _side_arguments(key, key_operand, is_matrix[0], key_minus_mean, output_scale[:2], hot_key),
@@ -165,8 +167,8 @@ def _launch(
             units.stride(0),
             units.stride(1),
             _address(nonfinite),
-            slot_mapping.shape[0],
-            cache.shape[1],
+            tokens,
+            kv_heads,
             page_units,
             page_units.bit_length() - 1 if page_units & (page_units - 1) == 0 else -1,
         )
