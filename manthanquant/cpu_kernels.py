@@ -23,6 +23,7 @@ from manthanquant.transform import LayerTransform
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # cpu_simd.h: Dtype
 _NO_HOT = (0, 0, 0)
+_NO_ROWS: tuple[int, ...] = (0, 0, 0, 0, 0)
 
 
 class _Prepared(NamedTuple):
@@ -143,9 +144,10 @@ class CpuKernels:
         sink_tokens: int = 0,
         recent_tokens: int = 0,
         hot: HotPool | None = None,
+        chunk: tuple[Tensor, Tensor] | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """`reference.attention`, into `out` `[T, heads, D]` of any float dtype if given.
+        """`reference.attention`, into `out` `[T, heads, D]` of any float dtype if given; `chunk` as in `ops`.
 
         Tokens of `query` past the last request's end are left as they are in `out`.
         """
@@ -161,10 +163,18 @@ class CpuKernels:
             out = torch.zeros(query.shape)
         elif out.shape != query.shape:
             raise ValueError(f"out: shape {tuple(out.shape)}, query has {tuple(query.shape)}")
+        chunk_rows = [_NO_ROWS, _NO_ROWS]
+        if chunk is not None:
+            chunk_rows = [_rows("chunk", x, kv_heads, self._head_size) for x in chunk]
+            if min(x.shape[0] for x in chunk) < query.shape[0]:
+                raise ValueError(
+                    f"chunk: {chunk[0].shape[0]} keys, {chunk[1].shape[0]} values, {query.shape[0]} queries"
+                )
         prepared = self._of(transform, kv_heads)
         self._attention(
             _rows("query", query, None, self._head_size),
             _rows("out", out, None, self._head_size),
+            *chunk_rows,
             self._cache(cache),
             _NO_HOT if hot is None else self._hot(hot, kv_heads),
             0 if hot is None else _indices("hot.slot", hot.slot, torch.int32),

@@ -12,6 +12,7 @@ import os
 from functools import cache
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from manthanquant import cpu_kernels, reference, selfcheck
@@ -20,6 +21,7 @@ from manthanquant.formats import Format
 from manthanquant.jit import JitError
 from manthanquant.reference import HotPool
 from manthanquant.transform import LayerTransform
+from manthanquant.vllm_plugin.chunk import attend, read_prefix
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ class Kernels(Protocol):
         sink_tokens: int = 0,
         recent_tokens: int = 0,
         hot: HotPool | None = None,
+        chunk: tuple[Tensor, Tensor] | None = None,
         out: Tensor | None = None,
     ) -> Tensor: ...
 
@@ -95,24 +98,41 @@ class ReferenceKernels:
         sink_tokens: int = 0,
         recent_tokens: int = 0,
         hot: HotPool | None = None,
+        chunk: tuple[Tensor, Tensor] | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        result = reference.attention(
-            query,
-            cache,
-            block_table,
-            seq_lens,
-            query_start_loc,
-            self._format,
-            transform,
-            scale,
-            window=window,
-            soft_cap=soft_cap,
-            sink_tokens=sink_tokens,
-            recent_tokens=recent_tokens,
-            hot=hot,
-        )
-        return result if out is None else out.copy_(result)
+        out = torch.zeros(query.shape) if out is None else out
+        if chunk is None:
+            return out.copy_(
+                reference.attention(
+                    query,
+                    cache,
+                    block_table,
+                    seq_lens,
+                    query_start_loc,
+                    self._format,
+                    transform,
+                    scale,
+                    window=window,
+                    soft_cap=soft_cap,
+                    sink_tokens=sink_tokens,
+                    recent_tokens=recent_tokens,
+                    hot=hot,
+                )
+            )
+        starts = query_start_loc.tolist()
+        tier = (self._format, transform, query.shape[-1], hot, sink_tokens, recent_tokens)
+        for row, length in enumerate(seq_lens.tolist()):
+            rows = slice(starts[row], starts[row + 1])
+            before = length - (rows.stop - rows.start)
+            first = max(0, before - window + 1) if window else 0
+            key, value = (x[rows].float() for x in chunk)
+            if before > first:
+                old = read_prefix(cache, block_table[row], first, before, *tier)
+                key, value = torch.cat([old[0], key]), torch.cat([old[1], value])
+            if rows.stop > rows.start:
+                out[rows] = attend(query[rows].float(), key, value, scale, window, soft_cap).to(out.dtype)
+        return out
 
 
 def kernels(fmt: Format, head_size: int, device_type: str = "cpu") -> Kernels:
@@ -179,9 +199,15 @@ def attention(
     sink_tokens: int = 0,
     recent_tokens: int = 0,
     hot: HotPool | None = None,
+    chunk: tuple[Tensor, Tensor] | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`reference.attention` by the best kernels for the cache's device, into `out` (any float dtype) if given."""
+    """`reference.attention` by the best kernels for the cache's device, into `out` (any float dtype) if given.
+
+    `chunk`: the new tokens' own keys and values `[T, KV heads, D]`, read in place of what the cache holds of them: a
+    prefill's queries mostly read the prefill itself, which is at hand and exact. `sink_tokens` and `recent_tokens` then
+    count the tokens before it.
+    """
     return kernels(fmt, query.shape[-1], cache.device.type).attention(
         query,
         cache,
@@ -195,5 +221,6 @@ def attention(
         sink_tokens=sink_tokens,
         recent_tokens=recent_tokens,
         hot=hot,
+        chunk=chunk,
         out=out,
     )

@@ -1,10 +1,11 @@
 // Paged attention over packed units, for decode and prefill alike.
 //
-// Work is cut into items: one request, one KV head, up to kTileRows query rows (new tokens x the heads that share the KV
-// head), and a range of the context's units. An item runs through its units in blocks: it decodes a block once, then all of its
-// rows take scores, an online softmax and their share of the values. Units with exact copies are read from the hot pool instead,
-// in the model's own space, into an accumulator of their own. Short of items (few requests, many threads), the context is cut
-// too, and the parts are merged by their log-sum-exp.
+// Work is cut into items: one request, one KV head, up to kTileRows query rows (new tokens x the heads that share the
+// KV head), and a range of the context. An item runs through its context in blocks: it decodes a block once, then all
+// of its rows take scores, an online softmax and their share of the values. Units with exact copies are read from the
+// hot pool instead, and a prefill's new tokens from its own keys and values: these stay in the model's own space and
+// have an accumulator of their own. Short of items (few requests, many threads), the context is cut too, and the parts
+// are merged by their maxima.
 #include <omp.h>
 
 #include <algorithm>
@@ -13,6 +14,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu_ops.h"
@@ -72,11 +74,33 @@ struct Item {
     bool leads;                 // the first of them
 };
 
-// A run of units of one kind: all coded, or all exact.
+// A request's context: tokens below `stored` are read from the cache, the rest from the chunk. Its units are those of
+// the cache (the last one maybe in part), then those of the chunk.
+struct Context {
+    int stored, length;
+
+    Context(const AttentionArgs& args, int request)
+        : stored(args.seq_lens[request]), length(args.seq_lens[request]) {
+        if (args.chunk_key.data) stored -= args.query_start_loc[request + 1] - args.query_start_loc[request];
+    }
+
+    int stored_units() const { return (stored + kUnitTokens - 1) / kUnitTokens; }
+    int unit_of(int position) const {
+        return position < stored ? position / kUnitTokens : stored_units() + (position - stored) / kUnitTokens;
+    }
+    int position_of(int unit) const {
+        return unit < stored_units() ? unit * kUnitTokens : stored + (unit - stored_units()) * kUnitTokens;
+    }
+};
+
+enum class Kind { kCoded, kHot, kChunk };
+
+// A run of units of one kind.
 struct Block {
-    int first_unit, units;
-    bool exact;
-    int64_t place[kBlockUnits];  // byte offset of a coded unit in the cache, or the slot of an exact one
+    Kind kind;
+    int units;
+    int first_position, tokens;  // tokens that are there: the last unit may be partly filled
+    int64_t place[kBlockUnits];  // each unit's offset in the cache in bytes, slot in the hot pool, or first chunk row
 };
 
 // Everything that one thread needs for one item.
@@ -102,24 +126,24 @@ class Worker {
           item_(item),
           s_(scratch),
           group_(args.heads / args.kv_heads),
-          length_(args.seq_lens[item.request]),
+          context_(args, item.request),
           first_token_(args.query_start_loc[item.request]),
-          first_position_(length_ - (args.query_start_loc[item.request + 1] - first_token_)) {}
+          first_position_(context_.length - (args.query_start_loc[item.request + 1] - first_token_)) {}
 
     // Leaves the rows' states in the scratch.
     void attend() {
         load_queries();
         for (int unit = item_.first_unit; unit < item_.last_unit;) {
             const Block block = next_block(unit);
+            unit += block.units;
             const int first = first_row_that_sees(block), last = past_last_row_that_sees(block);
             if (first < last) {
-                if (block.exact) {
-                    attend_exact(block, first, last);
-                } else {
+                if (block.kind == Kind::kCoded) {
                     attend_coded(block, first, last);
+                } else {
+                    attend_exact(block, first, last);
                 }
             }
-            unit += block.units;
         }
     }
 
@@ -162,36 +186,43 @@ class Worker {
 
     // The run of units of one kind from `unit` on, kBlockUnits at most.
     Block next_block(int unit) const {
-        const int sinks = (args_.sink_tokens + kUnitTokens - 1) / kUnitTokens;
-        const int recent = args_.recent_tokens > 0 ? std::max(0, length_ - args_.recent_tokens) / kUnitTokens
-                                                   : std::numeric_limits<int>::max();
-        const int32_t* pages = args_.block_table + item_.request * args_.block_table_stride;
-        Block block{unit, 0, false, {}};
+        Block block{kind_and_place(unit).first, 0, context_.position_of(unit), 0, {}};
         for (; block.units < kBlockUnits && unit < item_.last_unit; ++unit, ++block.units) {
-            const int64_t page = pages[unit / args_.cache.page_units];
-            const int index = unit % args_.cache.page_units;
-            int32_t slot = -1;
-            if (args_.hot_slot && (unit < sinks || unit >= recent)) {
-                slot = args_.hot_slot[page * args_.cache.page_units + index];
-            }
-            if (block.units > 0 && block.exact != (slot >= 0)) break;
-            block.exact = slot >= 0;
-            block.place[block.units] =
-                block.exact ? slot : args_.cache.unit(page, item_.kv_head, index, KvUnit::bytes) - args_.cache.data;
+            const auto [kind, place] = kind_and_place(unit);
+            if (kind != block.kind) break;
+            block.place[block.units] = place;
         }
+        const int end = block.kind == Kind::kChunk ? context_.length : context_.stored;
+        block.tokens = std::min(block.units * kUnitTokens, end - block.first_position);
         return block;
+    }
+
+    std::pair<Kind, int64_t> kind_and_place(int unit) const {
+        if (unit >= context_.stored_units()) {
+            return {Kind::kChunk, first_token_ + (unit - context_.stored_units()) * kUnitTokens};
+        }
+        const int page_units = args_.cache.page_units;
+        const int64_t page = args_.block_table[item_.request * args_.block_table_stride + unit / page_units];
+        if (args_.hot_slot) {
+            const int sinks = (args_.sink_tokens + kUnitTokens - 1) / kUnitTokens;
+            const bool recent = args_.recent_tokens > 0 &&
+                                unit >= std::max(0, context_.stored - args_.recent_tokens) / kUnitTokens;
+            const int32_t slot = args_.hot_slot[page * page_units + unit % page_units];
+            if (slot >= 0 && slot < args_.hot.slots && (unit < sinks || recent)) return {Kind::kHot, slot};
+        }
+        const uint8_t* place = args_.cache.unit(page, item_.kv_head, unit % page_units, KvUnit::bytes);
+        return {Kind::kCoded, place - args_.cache.data};
     }
 
     // Rows are in order of position, so those that see something of a block are one run.
     int first_row_that_sees(const Block& block) const {
-        const int position = block.first_unit * kUnitTokens - first_position_;  // earlier queries come before the block
-        return std::clamp(position * group_ - item_.first_row, 0, item_.rows);
+        return std::clamp((block.first_position - first_position_) * group_ - item_.first_row, 0, item_.rows);
     }
 
     int past_last_row_that_sees(const Block& block) const {
         if (args_.window == 0) return item_.rows;
-        const int last_token = (block.first_unit + block.units) * kUnitTokens - 1;
-        return std::clamp((last_token + args_.window - first_position_) * group_ - item_.first_row, 0, item_.rows);
+        const int64_t position = int64_t{block.first_position} + block.tokens - 1 + args_.window;
+        return int(std::clamp<int64_t>((position - first_position_) * group_ - item_.first_row, 0, item_.rows));
     }
 
     void attend_coded(const Block& block, int first, int last) {
@@ -227,41 +258,41 @@ class Worker {
 
     void attend_exact(const Block& block, int first, int last) {
         for (int u = 0; u < block.units; ++u) {
-            const int64_t at = (block.place[u] * args_.kv_heads + item_.kv_head) * kUnitTokens * kHeadSize;
-            for (int t = 0; t < kUnitTokens; ++t) {
-                const uint16_t* key = args_.hot.key + at + t * kHeadSize;
-                const uint16_t* value = args_.hot.value + at + t * kHeadSize;
-                for (int d = 0; d < kHeadSize; ++d) s_.exact_key[d][u * kUnitTokens + t] = from_bfloat16(key[d]);
-                for (int d = 0; d < kHeadSize; ++d) s_.exact_value[u * kUnitTokens + t][d] = from_bfloat16(value[d]);
+            const int count = std::min(kUnitTokens, block.tokens - u * kUnitTokens);
+            for (int t = 0; t < count; ++t) {
+                float key[kHeadSize];
+                float* value = s_.exact_value[u * kUnitTokens + t];
+                if (block.kind == Kind::kHot) {
+                    const int64_t row = (block.place[u] * args_.kv_heads + item_.kv_head) * kUnitTokens + t;
+                    read_row(args_.hot.key + row * kHeadSize, Dtype::kBfloat16, 1, kHeadSize, key);
+                    read_row(args_.hot.value + row * kHeadSize, Dtype::kBfloat16, 1, kHeadSize, value);
+                } else {
+                    read_chunk(args_.chunk_key, block.place[u] + t, key);
+                    read_chunk(args_.chunk_value, block.place[u] + t, value);
+                }
+                for (int d = 0; d < kHeadSize; ++d) s_.exact_key[d][u * kUnitTokens + t] = key[d];
             }
         }
-        const int tokens = block.units * kUnitTokens;
         for_rows(first, last, [&](auto rows, int r) {
-            for (int t = 0; t < tokens; t += kWidth) {
-                Floats sums[rows()] = {};
-                for (int d = 0; d < kHeadSize; ++d) {
-                    const Floats key = load(&s_.exact_key[d][t]);
-                    for (int i = 0; i < rows(); ++i) sums[i] += s_.query[r + i][d] * key;
-                }
-                for (int i = 0; i < rows(); ++i) store(&s_.scores[r + i][t], sums[i]);
-            }
+            const float* query[rows()];
+            float* scores[rows()];
+            for (int i = 0; i < rows(); ++i) query[i] = s_.query[r + i], scores[i] = s_.scores[r + i];
+            product<rows()>(query, kHeadSize, s_.exact_key[0], kBlockTokens, block.units * kUnitTokens, scores, false);
         });
         for (int r = first; r < last; ++r) soften(block, r, args_.soft_cap ? 0.0f : -s_.mean_score[r]);
-        const int present = std::min(tokens, length_ - block.first_unit * kUnitTokens);
         for_rows(first, last, [&](auto rows, int r) {
-            for (int d = 0; d < kHeadSize; d += kWidth) {
-                Floats sums[rows()];
-                for (int i = 0; i < rows(); ++i) sums[i] = load(&s_.state[r + i].exact[d]);
-                for (int t = 0; t < present; ++t) {
-                    const Floats value = load(&s_.exact_value[t][d]);
-                    for (int i = 0; i < rows(); ++i) sums[i] += s_.scores[r + i][t] * value;
-                }
-                for (int i = 0; i < rows(); ++i) store(&s_.state[r + i].exact[d], sums[i]);
-            }
+            const float* weights[rows()];
+            float* out[rows()];
+            for (int i = 0; i < rows(); ++i) weights[i] = s_.scores[r + i], out[i] = s_.state[r + i].exact;
+            product<rows()>(weights, block.tokens, s_.exact_value[0], kHeadSize, kHeadSize, out, true);
         });
     }
 
-    // A row's scores of a block become its softmax weights, relative to the row's maximum. `shift` is added to each score.
+    void read_chunk(const Rows& chunk, int64_t row, float* to) const {
+        read_row(chunk.at(row, item_.kv_head), chunk.dtype, chunk.channel_stride, kHeadSize, to);
+    }
+
+    // A row's scores of a block, with `shift` added, become its softmax weights relative to the row's maximum.
     void soften(const Block& block, int row, float shift) {
         float* scores = s_.scores[row];
         RowState& state = s_.state[row];
@@ -275,10 +306,10 @@ class Worker {
                 store(scores + t, cap * tanh(load(scores + t) * (1.0f / cap)));
             }
         }
-        const int start = block.first_unit * kUnitTokens, own = position(row);
-        const int oldest = args_.window ? own - args_.window + 1 - start : 0;
+        const int own = position(row) - block.first_position;
+        const int oldest = args_.window ? own - args_.window + 1 : 0;
         for (int t = 0; t < std::min(oldest, tokens); ++t) scores[t] = -kInfinity;
-        for (int t = std::max(0, own + 1 - start); t < tokens; ++t) scores[t] = -kInfinity;
+        for (int t = std::clamp(own + 1, 0, block.tokens); t < tokens; ++t) scores[t] = -kInfinity;
 
         Floats most = load(scores);
         for (int t = kWidth; t < tokens; t += kWidth) most = maximum(most, load(scores + t));
@@ -298,28 +329,19 @@ class Worker {
         for (int t = 0; t < kUnitTokens; ++t) {
             const uint8_t* own = scales + scale_place(side, t);
             for (int cls = 0; cls < Side::classes; ++cls) {
-                const uint16_t half = Side::classes == 1 ? uint16_t(own[0] | own[1] << 8) : uint16_t(own[cls] << kE4m4Shift);
+                const int half = Side::classes == 1 ? own[0] | own[1] << 8 : own[cls] << kE4m4Shift;
                 const float factor = Side::classes == 1 ? 1.0f : float(1 << kE4m4Exponent);
-                out[cls][unit * kUnitTokens + t] = from_half(half) * (factor * level_value(Side::bits(cls)));
+                out[cls][unit * kUnitTokens + t] = from_half(uint16_t(half)) * (factor * level_value(Side::bits(cls)));
             }
-        }
-    }
-
-    // Calls `body(integral_constant rows, first)` for four rows at a time, then for the rest at once.
-    template <class Body>
-    static void for_rows(int first, int last, const Body& body) {
-        for (; first + 4 <= last; first += 4) body(std::integral_constant<int, 4>(), first);
-        switch (last - first) {
-            case 3: return body(std::integral_constant<int, 3>(), first);
-            case 2: return body(std::integral_constant<int, 2>(), first);
-            case 1: return body(std::integral_constant<int, 1>(), first);
         }
     }
 
     const AttentionArgs& args_;
     const Item& item_;
     Scratch& s_;
-    const int group_, length_, first_token_, first_position_;
+    const int group_;
+    const Context context_;
+    const int first_token_, first_position_;
 };
 
 void check(const AttentionArgs& args) {
@@ -327,13 +349,14 @@ void check(const AttentionArgs& args) {
     for (int request = 0; request < args.requests; ++request) {
         const int32_t first = args.query_start_loc[request], last = args.query_start_loc[request + 1];
         if (first < 0 || last < first || last > args.tokens || last - first > args.seq_lens[request]) {
-            throw std::out_of_range("query_start_loc[" + std::to_string(request) + "]: " + std::to_string(first) + " to " +
-                                    std::to_string(last) + " of " + std::to_string(args.tokens) +
+            throw std::out_of_range("query_start_loc[" + std::to_string(request) + "]: " + std::to_string(first) +
+                                    " to " + std::to_string(last) + " of " + std::to_string(args.tokens) +
                                     " tokens, in a sequence of " + std::to_string(args.seq_lens[request]));
         }
         const int pages = (args.seq_lens[request] + page_tokens - 1) / page_tokens;
         if (pages > args.block_table_pages) {
-            throw std::out_of_range("seq_lens[" + std::to_string(request) + "]: " + std::to_string(args.seq_lens[request]) +
+            throw std::out_of_range("seq_lens[" + std::to_string(request) +
+                                    "]: " + std::to_string(args.seq_lens[request]) +
                                     " tokens need more pages than a row of block_table has");
         }
         for (int i = 0; i < pages; ++i) {
@@ -358,12 +381,13 @@ std::vector<Item> plan(const AttentionArgs& args, int threads) {
     int64_t saved = 0;
     for (int request = 0; request < args.requests; ++request) {
         const int tokens = args.query_start_loc[request + 1] - args.query_start_loc[request];
-        const int first_position = args.seq_lens[request] - tokens;
+        const Context context(args, request);
+        const int first_position = context.length - tokens;
         for (int row = 0; row < tokens * group; row += kTileRows) {
             const int rows = std::min(kTileRows, tokens * group - row);
             const int oldest = args.window ? std::max(0, first_position + row / group - args.window + 1) : 0;
             const int newest = first_position + (row + rows - 1) / group;
-            const int first = oldest / kUnitTokens, units = newest / kUnitTokens + 1 - first;
+            const int first = context.unit_of(oldest), units = context.unit_of(newest) + 1 - first;
             const int parts = std::clamp(units / kMinimumSplitUnits, 1, wanted);
             for (int kv_head = 0; kv_head < args.kv_heads; ++kv_head) {
                 for (int part = 0; part < parts; ++part) {

@@ -1,5 +1,5 @@
-// The Python module: pointers and strides as integers, which the caller takes from tensors it has checked. No PyTorch header
-// is needed, so one build serves any version of it.
+// The Python module: pointers and strides as integers, which the caller takes from tensors it has checked. No PyTorch
+// header is needed, so one build serves any version of it.
 #include <pybind11/pybind11.h>
 
 #include "cpu_ops.h"
@@ -45,18 +45,18 @@ int64_t bind_store(const py::tuple& key, const py::tuple& value, const py::tuple
     return store(args);
 }
 
-void bind_attention(const py::tuple& query, const py::tuple& out, const py::tuple& cache_tuple, const py::tuple& hot,
+void bind_attention(const py::tuple& query, const py::tuple& out, const py::tuple& chunk_key,
+                    const py::tuple& chunk_value, const py::tuple& cache_tuple, const py::tuple& hot,
                     uintptr_t hot_slot, uintptr_t block_table, int64_t block_table_stride, int64_t block_table_pages,
-                    uintptr_t seq_lens, uintptr_t query_start_loc, int requests, int heads, int kv_heads, int64_t tokens,
-                    const py::tuple& key_inverse,
-                    const py::tuple& value_inverse, uintptr_t key_mean, float scale, float soft_cap, int window,
-                    int sink_tokens, int recent_tokens) {
-    const AttentionArgs args{rows(query), rows(out), cache(cache_tuple), hot_pool(hot), pointer<int32_t>(hot_slot),
-                             pointer<int32_t>(block_table), block_table_stride, block_table_pages,
-                             pointer<int32_t>(seq_lens),
-                             pointer<int32_t>(query_start_loc), requests, heads, kv_heads, tokens, matrices(key_inverse),
-                             matrices(value_inverse), pointer<float>(key_mean), scale, soft_cap, window, sink_tokens,
-                             recent_tokens};
+                    uintptr_t seq_lens, uintptr_t query_start_loc, int requests, int heads, int kv_heads,
+                    int64_t tokens, const py::tuple& key_inverse, const py::tuple& value_inverse, uintptr_t key_mean,
+                    float scale, float soft_cap, int window, int sink_tokens, int recent_tokens) {
+    const AttentionArgs args{rows(query), rows(out), rows(chunk_key), rows(chunk_value), cache(cache_tuple),
+                             hot_pool(hot), pointer<int32_t>(hot_slot), pointer<int32_t>(block_table),
+                             block_table_stride, block_table_pages, pointer<int32_t>(seq_lens),
+                             pointer<int32_t>(query_start_loc), requests, heads, kv_heads, tokens,
+                             matrices(key_inverse), matrices(value_inverse), pointer<float>(key_mean), scale, soft_cap,
+                             window, sink_tokens, recent_tokens};
     py::gil_scoped_release release;
     attention(args);
 }

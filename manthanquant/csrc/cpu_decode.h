@@ -53,8 +53,8 @@ inline typename Isa::Levels decode_register(const typename Isa::Words* words) {
     }
 }
 
-// Calls `emit(class, pair, first, second)` with the levels of each pair of registers of one side's `words`: keys pair the
-// registers of 16 channels of tokens g and g + 8; values those of channels g and g + 8 of 16.
+// Calls `emit(class, pair, first, second)` with the levels of each pair of registers of one side's `words`: keys pair
+// the registers of 16 channels of tokens g and g + 8; values those of channels g and g + 8 of 16.
 template <class Isa, class Side, bool kKeys, int kClass, class Emit, size_t... kPairs>
 inline void decode_class(const typename Isa::Words* words, const Emit& emit, std::index_sequence<kPairs...>) {
     constexpr int bits = Side::bits(kClass), registers = Side::registers(kClass);

@@ -59,6 +59,7 @@ struct StoreArgs {
 
 struct AttentionArgs {
     Rows query, out;
+    Rows chunk_key, chunk_value;  // of the new tokens, rows as query's; null: these are read from the cache too
     Cache cache;
     HotPool hot;
     const int32_t* hot_slot;     // [units]
@@ -80,7 +81,8 @@ struct AttentionArgs {
 // Codes new tokens into the cache; returns how many vectors were not finite. Throws std::out_of_range for a bad slot.
 int64_t store(const StoreArgs& args);
 
-// Attention of new tokens over their requests' cached ones. Throws std::out_of_range for a page that does not exist.
+// Attention of new tokens over their requests' earlier ones and their own. Throws std::out_of_range for a page that
+// does not exist, and for lengths that do not fit together.
 void attention(const AttentionArgs& args);
 
 using Format = MQ_FORMAT;

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace mq::cpu {
 
@@ -137,31 +138,58 @@ inline int64_t element_bytes(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 
 
 // -- dense products ---------------------------------------------------------------------------------------------------
 
-template <int kRows, int kColumns, int kSize>
-inline void multiply_block(const float* x, const float* matrix, float* out) {
-    Floats sums[kRows][kColumns] = {};
-    for (int k = 0; k < kSize; ++k) {
-        for (int c = 0; c < kColumns; ++c) {
-            const Floats m = load(matrix + k * kSize + c * kWidth);
-            for (int r = 0; r < kRows; ++r) sums[r][c] += x[r * kSize + k] * m;
+// Calls `body(integral_constant rows, first)` for four rows at a time, then for the rest at once.
+template <class Body>
+inline void for_rows(int first, int last, const Body& body) {
+    for (; first + 4 <= last; first += 4) body(std::integral_constant<int, 4>(), first);
+    switch (last - first) {
+        case 3: return body(std::integral_constant<int, 3>(), first);
+        case 2: return body(std::integral_constant<int, 2>(), first);
+        case 1: return body(std::integral_constant<int, 1>(), first);
+    }
+}
+
+template <int kRows, int kVectors>
+inline void product_block(const float* const* a, int depth, const float* b, int64_t b_stride, float* const* out,
+                          int column, bool add) {
+    Floats sums[kRows][kVectors];
+    for (int r = 0; r < kRows; ++r) {
+        for (int v = 0; v < kVectors; ++v) sums[r][v] = add ? load(out[r] + column + v * kWidth) : Floats{};
+    }
+    for (int k = 0; k < depth; ++k) {
+        for (int v = 0; v < kVectors; ++v) {
+            const Floats row = load(b + k * b_stride + column + v * kWidth);
+            for (int r = 0; r < kRows; ++r) sums[r][v] += a[r][k] * row;
         }
     }
     for (int r = 0; r < kRows; ++r) {
-        for (int c = 0; c < kColumns; ++c) store(out + r * kSize + c * kWidth, sums[r][c]);
+        for (int v = 0; v < kVectors; ++v) store(out[r] + column + v * kWidth, sums[r][v]);
     }
+}
+
+// out[r] (+)= a[r] [depth] @ b [depth, columns], for kRows rows; `columns` is a multiple of kWidth.
+template <int kRows>
+inline void product(const float* const* a, int depth, const float* b, int64_t b_stride, int columns, float* const* out,
+                    bool add) {
+    int column = 0;
+    for (; column + 2 * kWidth <= columns; column += 2 * kWidth) {
+        product_block<kRows, 2>(a, depth, b, b_stride, out, column, add);
+    }
+    if (column < columns) product_block<kRows, 1>(a, depth, b, b_stride, out, column, add);
 }
 
 // out [rows, kSize] = x [rows, kSize] @ matrix [kSize, kSize], all contiguous.
 template <int kSize>
 inline void multiply(const float* x, int rows, const float* matrix, float* out) {
-    constexpr int kColumns = 2;
-    static_assert(kSize % (kWidth * kColumns) == 0 || kSize % kWidth == 0);
-    constexpr int kStep = kSize % (kWidth * kColumns) == 0 ? kColumns : 1;
-    for (int c = 0; c < kSize; c += kStep * kWidth) {
-        int r = 0;
-        for (; r + 4 <= rows; r += 4) multiply_block<4, kStep, kSize>(x + r * kSize, matrix + c, out + r * kSize + c);
-        for (; r < rows; ++r) multiply_block<1, kStep, kSize>(x + r * kSize, matrix + c, out + r * kSize + c);
-    }
+    for_rows(0, rows, [&](auto count, int first) {
+        const float* a[count()];
+        float* to[count()];
+        for (int r = 0; r < count(); ++r) {
+            a[r] = x + (first + r) * kSize;
+            to[r] = out + (first + r) * kSize;
+        }
+        product<count()>(a, kSize, matrix, kSize, kSize, to, false);
+    });
 }
 
 }  // namespace mq::cpu

@@ -28,7 +28,7 @@ uint32_t& word_at(uint8_t* side, int words, int word, int lane) {
     return *reinterpret_cast<uint32_t*>(side + word_offset(word, words, lane));  // units are 4-byte aligned
 }
 
-// Replaces the codes of byte `byte` and, if `count` is 4, of all four bytes of a register: `nibbles` holds them 4 bits apart.
+// Replaces the code of one byte of a register, or of all four if `count` is 4: `nibbles` has them 4 bits apart.
 template <class Side, int kClass>
 void put(uint8_t* side, int lane, int reg, int byte, int count, uint32_t nibbles) {
     constexpr int bits = Side::bits(kClass), registers = Side::registers(kClass), first = Side::first_word(kClass);
@@ -85,7 +85,8 @@ template <class Side, bool kKeys, int kClass>
 void store_class(const float* y, int token, uint8_t* side, uint8_t* scale_bytes) {
     constexpr int bits = Side::bits(kClass), channels = Side::channels(kClass), registers = Side::registers(kClass);
     uint8_t codes[channels];
-    const uint16_t scale = e4m4_or_half(quantize<bits, channels>(y + Side::first_channel(kClass), codes), Side::classes);
+    const float exact_scale = quantize<bits, channels>(y + Side::first_channel(kClass), codes);
+    const uint16_t scale = e4m4_or_half(exact_scale, Side::classes);
     if constexpr (Side::classes == 1) {
         std::memcpy(scale_bytes, &scale, sizeof scale);
     } else {
@@ -129,7 +130,8 @@ class Worker {
   public:
     Worker(const StoreArgs& args, int kv_head) : args_(args), kv_head_(kv_head) {}
 
-    // Stores the tokens of every `parts`-th unit of this head, from the `part`-th on; returns the vectors that were not finite.
+    // Stores the tokens of every `parts`-th unit of this head, from the `part`-th on. Returns how many vectors were not
+    // finite.
     int64_t run(int part, int parts) {
         return side<KvUnit::Key, true>(part, parts) + side<KvUnit::Value, false>(part, parts);
     }
@@ -150,7 +152,9 @@ class Worker {
 
     template <class Side, bool kKeys>
     int64_t flush() {
+        if (batch_.count == 0) return 0;
         const Rows& rows = kKeys ? args_.key : args_.value;
+        const Matrices& forward = kKeys ? args_.key_forward : args_.value_forward;
         const float* mean = kKeys && args_.key_mean ? args_.key_mean + int64_t{kv_head_} * kHeadSize : nullptr;
         for (int i = 0; i < batch_.count; ++i) {
             const int64_t token = batch_.token[i];
@@ -158,7 +162,6 @@ class Worker {
             copy_exactly(kKeys ? args_.hot.key : args_.hot.value, token, batch_.x[i]);
             for (int d = 0; mean && d < kHeadSize; ++d) batch_.x[i][d] -= mean[d];
         }
-        const Matrices& forward = kKeys ? args_.key_forward : args_.value_forward;
         multiply<kHeadSize>(batch_.x[0], batch_.count, forward.of(kv_head_), batch_.y[0]);
         int64_t bad = 0;
         for (int i = 0; i < batch_.count; ++i) {
@@ -207,7 +210,9 @@ int64_t store(const StoreArgs& args) {
     const int parts = (threads + args.kv_heads - 1) / args.kv_heads;
     int64_t bad = 0;
 #pragma omp parallel for schedule(static) reduction(+ : bad) num_threads(threads) if (threads > 1)
-    for (int i = 0; i < args.kv_heads * parts; ++i) bad += Worker(args, i % args.kv_heads).run(i / args.kv_heads, parts);
+    for (int i = 0; i < args.kv_heads * parts; ++i) {
+        bad += Worker(args, i % args.kv_heads).run(i / args.kv_heads, parts);
+    }
     return bad;
 }
 

@@ -1,5 +1,5 @@
-// Tiles for AVX-512: VBMI expands and looks up 64 codes in two instructions, VNNI multiplies bytes. The 16-bit integers of
-// queries and weights are split into two bytes, and each half is a product of its own.
+// Tiles for AVX-512: VBMI expands and looks up 64 codes in two instructions, VNNI multiplies bytes. The 16-bit integers
+// of queries and weights are split into two bytes, and each half is a product of its own.
 #pragma once
 
 #include <immintrin.h>
@@ -14,8 +14,8 @@ struct Avx512 {
 
     template <int kHalf>
     static Levels lookup(Words words, NibbleTable table) {
-        // Byte i of a 64-bit lane becomes the eight bits from the i-th of these onwards: a nibble and its neighbour. The
-        // permute looks at six of them, which the table, repeated four times, allows.
+        // Byte i of a 64-bit lane becomes the eight bits from the i-th of these onwards: a nibble and its neighbour.
+        // The permute looks at six of them, which the table, repeated four times, allows.
         constexpr int64_t from = 0x2c2824200c080400 + 0x1010101010101010 * kHalf;
         const __m512i nibbles = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(from), (__m512i)words);
         __m128i levels;
@@ -186,7 +186,8 @@ struct Weights {
 
 template <class Side>
 struct ValueTile {
-    alignas(64) int8_t levels[kBlockUnits][4][Side::head_size / 16][64];  // [unit][4 tokens][16 channels][channel, token]
+    // [unit][4 tokens][16 channels][channel, token]
+    alignas(64) int8_t levels[kBlockUnits][4][Side::head_size / 16][64];
 
     void decode(int unit, const uint8_t* codes) {
         decode_rows<Side, false>(codes, [&](int group, int quad, __m512i v) {

@@ -1,5 +1,5 @@
-// Tiles for any other CPU: the compiler's own vectors. Levels are widened to 16 bits, and the products are plain loops over
-// int16, which GCC turns into pairwise multiply-adds (vpmaddwd on AVX2, pmaddwd on SSE2).
+// Tiles for any other CPU: the compiler's own vectors. Levels are widened to 16 bits, and the products are plain loops
+// over int16, which GCC turns into pairwise multiply-adds (vpmaddwd on AVX2, pmaddwd on SSE2).
 #pragma once
 
 #include <cmath>
