@@ -61,9 +61,9 @@ lock: environment ## write the lock files of the images and the tests anew
 	PATH=$(CURDIR)/.venv/bin:$$PATH image/lock.sh
 
 .PHONY: crds
-crds: ## write the CustomResourceDefinition and the chart's copy of it anew from the operator's models
-	PYTHONPATH=.:operator python3 -m manthanquant_operator crd > crds/quantizedmodels.manthanquant.io.yaml
-	PYTHONPATH=.:operator python3 -m manthanquant_operator crd --chart > charts/manthanquant/templates/crd-quantizedmodels.yaml
+crds: environment ## write the CustomResourceDefinition and the chart's copy of it anew from the operator's models
+	PYTHONPATH=.:operator .venv/bin/python -m manthanquant_operator crd > crds/quantizedmodels.manthanquant.io.yaml
+	PYTHONPATH=.:operator .venv/bin/python -m manthanquant_operator crd --chart > charts/manthanquant/templates/crd-quantizedmodels.yaml
 
 .PHONY: python3
 python3:

@@ -19,6 +19,7 @@ from kubernetes.aio.client import ApiClient, Configuration
 from kubernetes.aio.config import KUBE_CONFIG_DEFAULT_LOCATION, load_incluster_config, load_kube_config
 
 from . import handlers, telemetry
+from .children import KINDS, POD
 from .cluster import ApiError, Cluster
 from .facts import ChildFacts, Key, PodFacts
 from .handlers import Watches
@@ -123,18 +124,30 @@ class App:
         await self._queue.run(self._reconciler.reconcile)
 
     async def _resync(self) -> None:
-        """Looks at every model now and then, by its own list: whatever a watch missed is made good."""
+        """Looks at everything anew now and then, by lists of its own: whatever a watch missed is made good."""
         while True:
             self._seen_alive["resync"] = time.monotonic()
             await asyncio.sleep(self._settings.resync_seconds)
             if self._scraped.is_set():
                 try:
-                    keys = await self._cluster.model_keys(self._settings.watch_namespaces)
+                    await self.look_again()
                 except ApiError as error:
                     logger.warning("resync put off: %s", error)
-                    continue
-                for key in keys:
-                    self._queue.add(key)
+
+    async def look_again(self) -> None:
+        """Has every model reconciled, and forgets what the indices hold and the cluster does not."""
+        namespaces = self._settings.watch_namespaces
+        known = self._watches.known()  # before the lists: what is made meanwhile is not taken for gone
+        exists = set()
+        for kind in (POD, *KINDS.values()):
+            exists |= await self._cluster.uids(kind, namespaces)
+        gone = [(key, item) for key, item in known if item.uid not in exists]
+        self._watches.drop(item.uid for _, item in gone)
+        for key, item in gone:
+            if isinstance(item, ChildFacts):
+                self._reconciler.child_changed(key, item, deleted=True)
+        for key in {*await self._cluster.model_keys(namespaces), *(key for key, _ in gone)}:
+            self._queue.add(key)
 
     async def _telemetry(self) -> None:
         """Reads the servers' statistics, and has the models reconciled whose figures changed."""

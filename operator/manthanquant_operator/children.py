@@ -31,6 +31,7 @@ class Kind:
         return self.group_version.rpartition("/")[2]
 
 
+POD = Kind("Pod", "v1", "pods", prune=False)  # made by the Deployment or the Job, and watched like the rest
 KINDS = {
     kind.name: kind
     for kind in (

@@ -31,6 +31,7 @@ MAX_BACKOFF_SECONDS = 10.0
 REQUEST_TIMEOUT_SECONDS = 30.0
 _MODELS = f"/apis/{API_GROUP}/{API_VERSION}"
 _LEASES = "/apis/coordination.k8s.io/v1"
+_METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 _APPLY = "application/apply-patch+yaml"
 
 
@@ -69,6 +70,13 @@ class Cluster:
 
     async def child(self, kind: Kind, namespace: str, name: str) -> dict[str, Any] | None:
         return await self._find(_path(kind, namespace, name))
+
+    async def uids(self, kind: Kind, namespaces: Sequence[str]) -> set[str]:
+        """UIDs of every object of a kind that belongs to a model, in the namespaces, or everywhere without any."""
+        paths = [_collection(kind, namespace) for namespace in namespaces] or [_collection(kind, None)]
+        query = {"labelSelector": names.MODEL_LABEL}
+        lists = [await self._request("GET", path, query=query, accept=_METADATA_ONLY) for path in paths]
+        return {item["metadata"]["uid"] for found in lists for item in found["items"] or ()}  # null when empty
 
     async def apply(self, obj: Mapping[str, Any]) -> dict[str, Any]:
         """Server-side apply; our values win over other managers'. Returns the object as the server has it."""
@@ -170,11 +178,12 @@ class Cluster:
         body: Any = None,
         content_type: str = "application/json",
         query: Mapping[str, str] | None = None,
+        accept: str = "application/json",
     ) -> dict[str, Any]:
         backoff = FIRST_BACKOFF_SECONDS
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                return await self._request_once(method, path, body, content_type, query or {})
+                return await self._request_once(method, path, body, content_type, query or {}, accept)
             except ApiError as error:
                 # A create whose answer was lost must not be repeated; every other request of ours is idempotent.
                 if attempt == ATTEMPTS or not error.transient or (method == "POST" and error.status != 429):
@@ -186,13 +195,13 @@ class Cluster:
         raise AssertionError("unreachable")
 
     async def _request_once(
-        self, method: str, path: str, body: Any, content_type: str, query: Mapping[str, str]
+        self, method: str, path: str, body: Any, content_type: str, query: Mapping[str, str], accept: str
     ) -> dict[str, Any]:
         serialized = await self._client.param_serialize(
             method=method,
             resource_path=path,
             query_params=list(query.items()),
-            header_params={"Accept": "application/json", "Content-Type": content_type},
+            header_params={"Accept": accept, "Content-Type": content_type},
             body=body,
             auth_settings=["BearerToken"],
         )
@@ -209,9 +218,13 @@ class Cluster:
         return found
 
 
-def _path(kind: Kind, namespace: str, name: str) -> str:
+def _collection(kind: Kind, namespace: str | None) -> str:
     base = f"/apis/{kind.group_version}" if kind.group else f"/api/{kind.version}"
-    return f"{base}/namespaces/{namespace}/{kind.plural}/{name}"
+    return f"{base}/namespaces/{namespace}/{kind.plural}" if namespace else f"{base}/{kind.plural}"
+
+
+def _path(kind: Kind, namespace: str, name: str) -> str:
+    return f"{_collection(kind, namespace)}/{name}"
 
 
 def _refusal(status: int, text: str, retry_after: str | None, request: str) -> ApiError:

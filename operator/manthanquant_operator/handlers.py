@@ -8,7 +8,7 @@ write. State is in the cluster and nowhere else.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import kopf
@@ -23,24 +23,37 @@ Index = Mapping[Key, Any]
 
 
 class Watches:
-    """What the watches know (a `reconcile.View`), and whom they tell."""
+    """What the watches know (a `reconcile.View`).
+
+    When a watch has been away for too long, kopf lists anew, and what was deleted meanwhile stays in its indices:
+    `drop` takes note of such objects. A UID is never used again, so whatever was gone once stays gone.
+    """
 
     def __init__(self) -> None:
         self.synced = asyncio.Event()  # the indices hold everything that existed at the start
         self._indices: dict[str, Index] = {}
+        self._gone: frozenset[str] = frozenset()
 
     def bind(self, indices: Mapping[str, Index]) -> None:
         self._indices = {name: indices[name] for name in (_PODS, *map(_index, KINDS.values()))}
 
     def pods(self, key: Key) -> list[PodFacts]:
-        return list(self._indices[_PODS].get(key, ()))
+        return [pod for pod in self._indices[_PODS].get(key, ()) if pod.uid not in self._gone]
 
     def all_pods(self) -> Iterator[tuple[Key, PodFacts]]:
-        index = self._indices.get(_PODS, {})
-        return ((key, pod) for key in list(index) for pod in index[key])
+        return ((key, pod) for key in list(self._indices.get(_PODS, ())) for pod in self.pods(key))
 
     def children(self, key: Key) -> list[ChildFacts]:
-        return [child for kind in KINDS.values() for child in self._indices[_index(kind)].get(key, ())]
+        found = (child for kind in KINDS.values() for child in self._indices[_index(kind)].get(key, ()))
+        return [child for child in found if child.uid not in self._gone]
+
+    def known(self) -> list[tuple[Key, PodFacts | ChildFacts]]:
+        """Every object in the indices."""
+        return [(key, item) for index in self._indices.values() for key in index for item in index[key]]
+
+    def drop(self, uids: Iterable[str]) -> None:
+        """Takes note of everything in the indices that no longer exists."""
+        self._gone = frozenset(uids)
 
 
 _PODS = "pods"

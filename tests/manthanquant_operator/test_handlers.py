@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import kopf
@@ -45,12 +46,15 @@ def test_only_what_is_ours_is_watched() -> None:
     assert settings.scanning.disabled and not settings.posting.enabled
 
 
-def test_the_view_is_what_the_indices_hold() -> None:
+def test_the_view_is_what_the_indices_hold_less_what_is_gone() -> None:
     watches = Watches()
     assert list(watches.all_pods()) == []
-    empty: dict[Any, Any] = {}
-    indices = {f"{kind.plural}_of_models": empty for kind in KINDS.values()}
-    watches.bind({**indices, "pods": {KEY: ["pod"]}, "services_of_models": {KEY: ["service"]}, "logger": None})
-    assert watches.pods(KEY) == ["pod"] and watches.pods(("ml", "other")) == []
-    assert watches.children(KEY) == ["service"]
-    assert list(watches.all_pods()) == [(KEY, "pod")]
+    pod, other, service = (SimpleNamespace(uid=uid) for uid in ("p", "q", "s"))
+    indices: dict[str, Any] = {f"{kind.plural}_of_models": {} for kind in KINDS.values()}
+    watches.bind({**indices, "pods": {KEY: [pod, other]}, "services_of_models": {KEY: [service]}, "logger": None})
+    assert watches.pods(KEY) == [pod, other] and watches.pods(("ml", "other")) == []
+    assert watches.children(KEY) == [service]
+    assert list(watches.all_pods()) == [(KEY, pod), (KEY, other)]
+    watches.drop(["q", "s"])
+    assert watches.pods(KEY) == [pod] and watches.children(KEY) == [] and list(watches.all_pods()) == [(KEY, pod)]
+    assert [item.uid for _, item in watches.known()] == ["p", "q", "s"]

@@ -66,7 +66,7 @@ class OperatorProcess:
         self.cluster.kubectl("apply", "--server-side", "-f", "-", stdin=yaml.safe_dump_all(objects))
         self.cluster.kubectl("wait", "--for=condition=Established", "crd/quantizedmodels.manthanquant.io")
         (settings,) = (o["data"]["settings.yaml"] for o in objects if o["kind"] == "ConfigMap")
-        content = {**yaml.safe_load(settings), "healthPort": self.health_port}
+        content = {**yaml.safe_load(settings), "healthPort": self.health_port, "resyncSeconds": 10}
         (self.folder / "settings.yaml").write_text(yaml.safe_dump(content))
         token = self.cluster.kubectl("-n", NAMESPACE, "create", "token", ACCOUNT, "--duration=24h").strip()
         authority = json.loads(self.cluster.kubeconfig.read_text())["clusters"][0]["cluster"]
