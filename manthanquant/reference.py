@@ -49,7 +49,7 @@ def store(
 ) -> int:
     """Codes new tokens into the cache; copies those with a hot slot (`slot * 16 + offset`, else -1) exactly.
 
-    Returns how many vectors held NaN or an infinity; those are stored as zero.
+    Returns how many vectors held NaN or an infinity; those are stored as zero, in the pool too.
     """
     count, head_size = slot_mapping.shape[0], key.shape[-1]
     keep = slot_mapping >= 0
@@ -74,7 +74,9 @@ def store(
         copied = hot_slots >= 0
         where = hot_slots[copied]
         for pool, x in ((hot.key, key), (hot.value, value)):
-            pool[where // UNIT_TOKENS, :, where % UNIT_TOKENS] = x[:count][copied].to(pool.dtype)
+            exact = x[:count][copied]
+            exact = torch.where(torch.isfinite(exact).all(-1, keepdim=True), exact, 0.0)
+            pool[where // UNIT_TOKENS, :, where % UNIT_TOKENS] = exact.to(pool.dtype)
     return bad
 
 

@@ -150,9 +150,13 @@ def hadamard_transform(fmt: Format, side: Side, head_size: int, mean: Tensor | N
 
 
 def gain_transform(fmt: Format, side: Side, order: Tensor, gain: Tensor, mean: Tensor | None = None) -> SideTransform:
-    """`gain` kind from `order` int64 and `gain` fp32 (in the new order), both `[KV heads, D]`; gains are positive."""
+    """`gain` kind from `order` int64 and `gain` fp32 (in the new order), both `[KV heads, D]`; gains are positive.
+
+    Gains are rounded to bf16, so that the store's matrix instructions apply them exactly.
+    """
     if not bool((gain > 0).all()):
         raise ValueError("gain: every gain must be positive and finite")
+    gain = gain.bfloat16().float()
     size = order.shape[1]
     permutation = torch.nn.functional.one_hot(order, size).double()  # [Hk, D, D]: row i picks channel order[i]
     rotate = rotation(fmt.segments(side, size), side)
@@ -162,9 +166,13 @@ def gain_transform(fmt: Format, side: Side, order: Tensor, gain: Tensor, mean: T
 
 
 def dense_transform(fmt: Format, side: Side, matrix: Tensor, mean: Tensor | None = None) -> SideTransform:
-    """`dense` kind from `matrix` `[KV heads, D, D]`, the M above (rows most important first)."""
+    """`dense` kind from `matrix` `[KV heads, D, D]`, the M above (rows most important first).
+
+    T is rounded to bf16, so that the store's matrix instructions apply it exactly, and the inverse is of what was
+    rounded: nothing is lost.
+    """
     size = matrix.shape[-1]
-    forward = rotation(fmt.segments(side, size), side) @ matrix.double()
+    forward = (rotation(fmt.segments(side, size), side) @ matrix.double()).bfloat16().double()
     return SideTransform("dense", forward.float(), torch.linalg.inv(forward).float(), mean)
 
 

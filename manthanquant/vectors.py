@@ -61,7 +61,7 @@ def encode(x: Tensor, format: str = "seed3") -> Encoded:
         raise ValueError(f"x: dtype {x.dtype} is not supported: use bfloat16, float16 or float32")
     fmt = formats.get(format)
     if isinstance(fmt, formats.SeedFormat):
-        codes, scales = vectors_cuda.encode(x) if x.is_cuda else _encode_seed(x.float(), fmt)
+        codes, scales = vectors_cuda.encode(x) if x.is_cuda else encode_seed_reference(x)
         _check_finite(scales.view(torch.float32), "an infinity, or its squared norm is beyond fp32")
         return Encoded(fmt.name, x.shape[1], codes, scales, x.dtype)
     _check_finite(x, "an infinity")
@@ -78,7 +78,7 @@ def decode(encoded: Encoded) -> Tensor:
     if isinstance(fmt, formats.SeedFormat):
         if encoded.codes.is_cuda:
             return vectors_cuda.decode(encoded.codes, encoded.scales, encoded.head_size, encoded.dtype)
-        return _decode_seed(encoded, fmt).to(encoded.dtype)
+        return decode_seed_reference(encoded.codes, encoded.scales, encoded.head_size).to(encoded.dtype)
     codes, first = [], 0
     for bits, size in zip(fmt.key_bits, fmt.segments("key", encoded.head_size)):
         width = -(-size * bits // 32) * 4
@@ -95,13 +95,16 @@ def _check_finite(rows: Tensor, what: str) -> None:
         raise ValueError(f"x: row {row} holds NaN or {what}: remove such rows before encoding")
 
 
-def _encode_seed(x: Tensor, fmt: formats.SeedFormat) -> tuple[Tensor, Tensor]:
-    """Radius |x| in fp32, and the Lloyd-Max cell of each element of `x sqrt(D) / |x|`.
+def encode_seed_reference(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The seed format in PyTorch: codes uint8 `[N, code bytes]` and radius bytes uint8 `[N, 4]`.
+
+    A code is the Lloyd-Max cell of an element of `x sqrt(D) / |x|`, the radius |x| in fp32.
 
     Every step is one IEEE fp32 operation and `_square` fixes the order of the sum, so a kernel can match all bits.
     """
+    x, fmt = x.float(), formats.SEED3
     boundaries = torch.tensor(midpoints(lloyd_max(fmt.bits)), device=x.device)
-    radius = _square(x).sqrt()
+    radius = _square(x).double().sqrt().float()  # some CPU libraries' fp32 root is not IEEE's
     unit = x * (torch.tensor(math.sqrt(x.shape[1]), device=x.device) / radius.clamp_min(1e-30))
     codes = torch.bucketize(unit.contiguous(), boundaries).to(torch.uint8)
     return pack_bitstream(codes, fmt.bits), radius.view(torch.uint8).view(x.shape[0], fmt.radius_bytes)
@@ -120,8 +123,9 @@ def _square(x: Tensor) -> Tensor:
     return total
 
 
-def _decode_seed(encoded: Encoded, fmt: formats.SeedFormat) -> Tensor:
-    levels = torch.tensor(lloyd_max(fmt.bits), device=encoded.codes.device)
-    codes = unpack_bitstream(encoded.codes, fmt.bits, encoded.head_size).long()
-    radius = encoded.scales.contiguous().view(torch.float32)
-    return levels[codes] * (radius * encoded.head_size**-0.5)
+def decode_seed_reference(codes: Tensor, radius: Tensor, head_size: int) -> Tensor:
+    """What `encode_seed_reference` coded, fp32 `[N, D]`."""
+    bits = formats.SEED3.bits
+    levels = torch.tensor(lloyd_max(bits), device=codes.device)
+    index = unpack_bitstream(codes, bits, head_size).long()
+    return levels[index] * (radius.contiguous().view(torch.float32) * head_size**-0.5)

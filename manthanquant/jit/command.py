@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from manthanquant.formats import DEFAULT_FORMAT, PAGED_FORMATS, SUPPORTED_HEAD_SIZES, FormatError, get_paged
@@ -30,10 +32,12 @@ def run(args: argparse.Namespace) -> int:
     """Print one line a kernel; the exit status is 1 where one could not be built."""
     try:
         for arch in [named(name) for name in args.arch] if args.arch else [detect_cpu()]:
-            for extension in _extensions(arch, args):
-                result = ship(extension, arch, args.output) if args.output else obtain(extension, arch)
-                seconds = "" if result.seconds is None else f" in {result.seconds:.1f} s"
-                print(f"{extension.name} {result.arch} {result.digest}: {result.source}{seconds}, {result.path}")
+            with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
+                extensions = list(_extensions(arch, args))
+                make = lambda e, arch=arch: ship(e, arch, args.output) if args.output else obtain(e, arch)
+                for extension, result in zip(extensions, pool.map(make, extensions)):
+                    seconds = "" if result.seconds is None else f" in {result.seconds:.1f} s"
+                    print(f"{extension.name} {result.arch} {result.digest}: {result.source}{seconds}, {result.path}")
     except (JitError, FormatError, OSError) as error:
         print(f"manthanquant build: {error}", file=sys.stderr)
         return 1

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import urllib.request
 from pathlib import Path
@@ -32,18 +33,19 @@ READY_SECONDS = 900
 
 NAMESPACE_OBJECT = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}
 
-# What a user writes: where the model is, what serves it, and how much cache it gets.
-QUANTIZED_MODEL: dict[str, Any] = {
-    "apiVersion": "manthanquant.io/v1alpha1",
-    "kind": "QuantizedModel",
-    "metadata": {"name": MODEL, "namespace": NAMESPACE},
-    "spec": {
-        "model": {"uri": f"pvc://{CLAIM}/{MODEL}"},
-        "resources": {"accelerator": "cpu"},
-        "kvCache": {"memory": "1Gi"},
-        "engine": {"maxModelLen": 4096, "maxNumSeqs": 8, "extraArgs": ["--enforce-eager"]},
-    },
-}
+# What a user writes: where the model is, what serves it, and how much cache it gets. `--enforce-eager` saves the
+# minutes that compiling takes on two cores.
+MANIFEST = f"""\
+apiVersion: manthanquant.io/v1alpha1
+kind: QuantizedModel
+metadata:
+  name: {MODEL}
+spec:
+  model: {{uri: pvc://{CLAIM}/{MODEL}}}
+  resources: {{accelerator: cpu}}
+  kvCache: {{memory: 1Gi}}
+  engine: {{maxModelLen: 4096, maxNumSeqs: 8, extraArgs: [--enforce-eager]}}
+"""
 
 
 # -- steps -------------------------------------------------------------------------------------------------------
@@ -68,6 +70,19 @@ def start_local_cluster(steps: Steps, name: str) -> Target:
         images.load(cluster, operator, note)
         images.load(cluster, server, note)
     return Target(cluster.kubeconfig, operator, server)
+
+
+def use_current_context(steps: Steps) -> Target:
+    """The cluster that kubectl talks to. Raises `DemoError` with what it needs where something is missing."""
+    target = current_context()
+    with steps.step("cluster of the current context"):
+        if not shutil.which("kubectl"):
+            raise DemoError("CLUSTER=current needs kubectl, with a context for the cluster")
+        if not shutil.which("helm"):
+            binaries.ensure((binaries.HELM,), note)
+        note(target.kubectl("config", "current-context").strip())
+        note(target.kubectl("get", "nodes", "--no-headers").strip())
+    return target
 
 
 def install_operator(target: Target) -> None:
@@ -97,7 +112,13 @@ LOADER = {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": 0,
         "automountServiceAccountToken": False,
-        "securityContext": {"runAsUser": 1000, "runAsGroup": 1000, "fsGroup": 1000, "runAsNonRoot": True},
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": 1000,
+            "runAsGroup": 1000,
+            "fsGroup": 1000,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
         "volumes": [
             {"name": "models", "persistentVolumeClaim": {"claimName": CLAIM}},
             {"name": "work", "emptyDir": {}},
@@ -106,6 +127,7 @@ LOADER = {
             {
                 "name": "loader",
                 "command": ["sleep", "3600"],
+                "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
                 "env": [{"name": "HF_HUB_OFFLINE", "value": "1"}],
                 "volumeMounts": [
                     {"name": "models", "mountPath": "/models"},
@@ -142,7 +164,7 @@ def put_model_on_claim(target: Target) -> None:
         with kept.open("rb") as archive:
             target.stream(*execute, "--stdin", "--", "tar", "-x", "-C", "/models", stdin=archive)
         note(f"copied {kept.stat().st_size / 1e6:.0f} MB to claim {CLAIM}")
-    target.kubectl(here, "delete", "pod", "model-loader", "--wait=false")
+    target.kubectl(here, "delete", "pod", "model-loader")  # the claim may be for one pod at a time
 
 
 def _convert(target: Target, execute: tuple[str, ...], kept: Path) -> None:
@@ -157,9 +179,9 @@ def _convert(target: Target, execute: tuple[str, ...], kept: Path) -> None:
     partial.rename(kept)
 
 
-def serve_model(target: Target, quantized_model: dict[str, Any] = QUANTIZED_MODEL) -> dict[str, Any]:
+def serve_model(target: Target) -> dict[str, Any]:
     """Apply the QuantizedModel and wait until it is Ready and measured; each change of a condition is shown."""
-    target.apply(NAMESPACE_OBJECT, quantized_model)
+    target.kubectl("apply", f"--namespace={NAMESPACE}", "--filename=-", stdin=MANIFEST)
     seen: dict[str, str] = {}
 
     def ready() -> dict[str, Any] | None:
@@ -244,13 +266,14 @@ def show(target: Target) -> None:
 
 def run(cluster: str, name: str) -> None:
     steps = Steps()
-    target = current_context() if cluster == "current" else start_local_cluster(steps, name)
+    target = use_current_context(steps) if cluster == "current" else start_local_cluster(steps, name)
     with steps.step("operator, by its Helm chart"):
         install_operator(target)
     with steps.step("model on a claim"):
         put_model_on_claim(target)
     with steps.step("QuantizedModel to Ready"):
-        note(json.dumps(QUANTIZED_MODEL["spec"]))
+        for line in MANIFEST.splitlines():
+            note(f"  {line}")
         served = serve_model(target)
     with steps.step("chat completion through the Service"):
         note(f"> {QUESTION}")

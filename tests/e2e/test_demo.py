@@ -5,7 +5,6 @@ The cluster is called `e2e`, so that a demo that somebody looks at goes on undis
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import re
@@ -98,12 +97,15 @@ def test_the_pod_is_restricted(target: Target, served: dict[str, Any]) -> None:
     assert lines[2] == "cache writable"
 
 
-def variant(name: str, **spec: Any) -> dict[str, Any]:
-    """The demo's model under another name, with some sections of its spec replaced."""
-    changed = copy.deepcopy(demo.QUANTIZED_MODEL)
-    changed["metadata"]["name"] = name
-    changed["spec"] = {**changed["spec"], **spec}
-    return changed
+def model(name: str, **spec: Any) -> dict[str, Any]:
+    """A QuantizedModel like the demo's, with some sections of its spec replaced."""
+    usual = {"model": {"uri": f"pvc://{demo.CLAIM}/{demo.MODEL}"}, "resources": {"accelerator": "cpu"}}
+    return {
+        "apiVersion": "manthanquant.io/v1alpha1",
+        "kind": "QuantizedModel",
+        "metadata": {"name": name, "namespace": demo.NAMESPACE},
+        "spec": {**usual, **spec},
+    }
 
 
 @pytest.mark.parametrize(
@@ -134,7 +136,7 @@ def variant(name: str, **spec: Any) -> dict[str, Any]:
 )
 def test_a_failure_is_in_ready(target: Target, case: str, spec: dict[str, Any], expected: str) -> None:
     name = f"failing-{case}"
-    target.apply(variant(name, **spec))
+    target.apply(model(name, **spec))
 
     def explained() -> str | None:
         found = target.get("quantizedmodel", name, HERE)

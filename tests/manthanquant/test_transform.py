@@ -52,7 +52,7 @@ def test_signs_are_fixed_for_all_time():
 def test_undo_is_the_inverse(kind, side):
     t = every_kind(PAGED_FORMATS["k42v42"], side, 64)[kind]
     x = torch.randn(5, KV_HEADS, 64)
-    assert torch.allclose(t.undo(t.apply(x)), x, atol=1e-4)
+    assert torch.allclose(t.undo(t.apply(x)), x, atol=1e-3)  # fp32, times the dense matrix's condition
 
 
 @pytest.mark.parametrize("kind", ["none", "hadamard", "gain", "dense"])

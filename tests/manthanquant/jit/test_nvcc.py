@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from manthanquant.formats import K42V3
 from manthanquant.jit import JitError, cuda_arch, named, nvcc, obtain
-from manthanquant.jit.kernels import vectors_extension
+from manthanquant.jit.kernels import cuda_extensions, vectors_extension
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +71,7 @@ def test_every_kernel_compiles_without_a_gpu(arch: str, tmp_path: Path) -> None:
         nvcc.find_nvcc()
     except JitError as error:
         pytest.skip(str(error))
-    for extension in (vectors_extension(),):
+    for extension in (*cuda_extensions(K42V3, 64, "bfloat16"), vectors_extension()):
         result = obtain(extension, named(arch), cache_dir=tmp_path)
         assert result.source == "Built" and result.arch == arch
         undefined = subprocess.run(["nm", "-uC", str(result.path)], capture_output=True, text=True, check=True).stdout

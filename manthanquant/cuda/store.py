@@ -1,0 +1,256 @@
+"""Store on the GPU: new keys and values to codes in their pages, and to the hot pool, in one launch.
+
+`StoreTransform` is a layer's transform as the kernel takes it; make it once. `store` then launches one kernel: it
+allocates nothing, does not synchronise, and can be captured in a CUDA graph. Under `torch.compile` it is one operator.
+
+A matrix transform is rounded to the dtype of keys and values; sums are fp32. Codes equal the reference's except where a
+channel, at unit variance, lies within `tie(boundary)` of a decision boundary: it is rounded to fp16 before it is
+compared with the rounded boundary. There either code is as good. A vector with scale 0 may have any codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from manthanquant.cuda.module import module_for, stream_of
+from manthanquant.formats import LANES, SIDES, UNIT_TOKENS, Format, Side, get_paged
+from manthanquant.jit.kernels import store_extension
+from manthanquant.packing import pages_as_units
+from manthanquant.reference import HotPool
+from manthanquant.transform import LayerTransform, SideTransform, hadamard_block, signs
+
+DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_BLOCK = 16  # channels of a matrix instruction's k
+
+
+def tie(boundary: float) -> float:
+    """How near to `boundary` a channel may get another code: two fp16 roundings, and fp32 sums in another order."""
+    return abs(boundary) * 2**-10 + 2e-5
+
+
+@dataclass(frozen=True)
+class SideOperand:
+    """One side's transform in the order of the kernel's registers.
+
+    Attributes:
+        data: rotation: int32 `[D / 16, 4, 2]`, sign bits; matrix: 16-bit `[KV heads or 1, D / 16, D / 16, 32, 8]`.
+        is_matrix: which of the two.
+        minus_mean: fp32 `[KV heads, D]`, minus the key mean, transformed, in the kernel's output unit; None for none.
+        output_scale: a class each: kernel's output unit to transformed vectors.
+    """
+
+    data: Tensor
+    is_matrix: bool
+    minus_mean: Tensor | None
+    output_scale: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class StoreTransform:
+    """A layer's transforms as `store` takes them."""
+
+    fmt: Format
+    head_size: int
+    dtype: torch.dtype
+    key: SideOperand
+    value: SideOperand
+
+
+def prepare(
+    transform: LayerTransform, fmt: Format, head_size: int, dtype: torch.dtype, device: torch.device
+) -> StoreTransform:
+    """A layer's transform for keys and values of `dtype` on `device`. Raises `ValueError` for what is not supported."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype} is not supported by the GPU store: use one of {', '.join(map(str, DTYPES))}")
+    if transform.value.mean is not None:
+        raise ValueError("a value mean is not supported by the GPU store: take it off keys only")
+    sides = (
+        _side_operand(side, fmt, name, head_size, dtype, device)
+        for side, name in zip((transform.key, transform.value), SIDES)
+    )
+    return StoreTransform(fmt, head_size, dtype, *sides)
+
+
+def store(
+    key: Tensor,
+    value: Tensor,
+    cache: Tensor,
+    slot_mapping: Tensor,
+    transform: StoreTransform,
+    hot: HotPool | None = None,
+    hot_slots: Tensor | None = None,
+    nonfinite: Tensor | None = None,
+) -> None:
+    """Codes new tokens into the cache; copies those with a hot slot.
+
+    Args:
+        key, value: `[T or more, KV heads, D]` of the transform's dtype. Any strides of the first two dimensions that
+            are multiples of 4; other tensors are copied first.
+        cache: uint8 `[pages, KV heads, page tokens, token bytes]`.
+        slot_mapping: int64 `[T]`; below 0: skip. Tokens of one unit should be neighbours, in order (an engine lists a
+            request's tokens so): such units are written whole. Any other order is right too, and slower. A slot listed
+            twice in one call ends up with a mix of both tokens.
+        hot, hot_slots: where exact copies go, int64 `[T]` (slot * 16 + offset, below 0: no copy).
+        nonfinite: int64 `[1]`, to which the number of vectors that held NaN or an infinity is added; those are stored
+            as zero, in the cache and in the hot pool.
+
+    Raises:
+        ValueError: an argument does not fit the others; the text names it.
+    """
+    launch = _traced if torch.compiler.is_compiling() else _launch
+    launch(
+        key,
+        value,
+        cache,
+        slot_mapping,
+        transform.fmt.name,
+        transform.key.data,
+        transform.key.minus_mean,
+        transform.value.data,
+        [transform.key.is_matrix, transform.value.is_matrix],
+        [*transform.key.output_scale, *transform.value.output_scale],
+        transform.head_size,
+        transform.dtype,
+        hot.key if hot else None,
+        hot.value if hot else None,
+        hot_slots,
+        nonfinite,
+    )
+
+
+def _launch(
+    key: Tensor,
+    value: Tensor,
+    cache: Tensor,
+    slot_mapping: Tensor,
+    fmt_name: str,
+    key_operand: Tensor,
+    key_minus_mean: Tensor | None,
+    value_operand: Tensor,
+    is_matrix: list[bool],
+    output_scale: list[float],
+    head_size: int,
+    dtype: torch.dtype,
+    hot_key: Tensor | None,
+    hot_value: Tensor | None,
+    hot_slots: Tensor | None,
+    nonfinite: Tensor | None,
+) -> None:
+    """Checks and launches. Takes tensors and plain values only, so that it can be a torch operator."""
+    fmt = get_paged(fmt_name)
+    tokens, kv_heads = slot_mapping.shape[0], cache.shape[1]
+    units = pages_as_units(cache, fmt, head_size)
+    for name, x in (("key", key), ("value", value)):
+        if x.shape[0] < tokens or x.shape[1:] != (kv_heads, head_size) or x.dtype != dtype:
+            raise ValueError(
+                f"{name}: expected {dtype} [at least {tokens}, {kv_heads}, {head_size}], got {x.dtype} {tuple(x.shape)}"
+            )
+    if slot_mapping.dtype != torch.int64 or not slot_mapping.is_contiguous():
+        raise ValueError(f"slot_mapping: expected contiguous int64, got {slot_mapping.dtype}")
+    if cache.data_ptr() % 16 or units.stride(0) % 16 or units.stride(1) % 16:
+        raise ValueError(f"cache: units must start at multiples of 16 bytes, got strides {cache.stride()}")
+    if hot_slots is not None and (hot_key is None or hot_slots.dtype != torch.int64 or hot_slots.shape[0] < tokens):
+        raise ValueError(f"hot_slots: expected int64 [at least {tokens}] with a pool, got {tuple(hot_slots.shape)}")
+    key, value, page_units = _loadable(key), _loadable(value), units.shape[2]
+    with torch.cuda.device(cache.device):
+        module = module_for(store_extension(fmt, head_size, DTYPES[dtype]), cache.device)
+        module.store(
+            stream_of(cache.device),
+            _side_arguments(key, key_operand, is_matrix[0], key_minus_mean, output_scale[:2], hot_key),
+            _side_arguments(value, value_operand, is_matrix[1], None, output_scale[2:], hot_value),
+            slot_mapping.data_ptr(),
+            _address(hot_slots),
+            cache.data_ptr(),
+            units.stride(0),
+            units.stride(1),
+            _address(nonfinite),
+            tokens,
+            kv_heads,
+            page_units,
+            page_units.bit_length() - 1 if page_units & (page_units - 1) == 0 else -1,
+        )
+
+
+# What `torch.compile` traces: opaque, with its writes declared.
+_traced = torch.library.custom_op(
+    "manthanquant::store", _launch, mutates_args=("cache", "hot_key", "hot_value", "nonfinite"), device_types="cuda"
+)
+
+
+@_traced.register_fake
+def _(*_: object) -> None:
+    return None
+
+
+def _side_arguments(
+    x: Tensor, operand: Tensor, is_matrix: bool, minus_mean: Tensor | None, scale: list[float], pool: Tensor | None
+) -> tuple[int | float | bool, ...]:
+    per_head = is_matrix and operand.shape[0] > 1
+    return (
+        x.data_ptr(),
+        x.stride(0),
+        x.stride(1),
+        operand.data_ptr(),
+        operand.stride(0) * operand.element_size() if per_head else 0,
+        is_matrix,
+        _address(minus_mean),
+        *scale,
+        _address(pool),
+    )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _loadable(x: Tensor) -> Tensor:
+    """`x`, or a copy that can be read eight bytes at a time."""
+    aligned = x.stride(2) == 1 and x.stride(0) % 4 == 0 and x.stride(1) % 4 == 0 and x.data_ptr() % 8 == 0
+    return x if aligned else x.clone(memory_format=torch.contiguous_format)
+
+
+def _side_operand(
+    side: SideTransform, fmt: Format, name: Side, head_size: int, dtype: torch.dtype, device: torch.device
+) -> SideOperand:
+    segments = fmt.segments(name, head_size)
+    # Rotations and gains come without the Hadamard matrix's norm: then a rotation is +-1 and a gain is itself.
+    normed = side.kind in ("hadamard", "gain")
+    scale = [hadamard_block(count) ** -0.5 if normed else 1.0 for count in segments]
+    per_channel = torch.tensor([s for s, count in zip(scale, segments) for _ in range(count)], dtype=torch.float64)
+    minus_mean = None
+    if side.mean is not None:
+        turned = torch.einsum(
+            "hd,hed->he", side.mean.double().cpu(), side.forward.double().cpu().expand(side.mean.shape[0], -1, -1)
+        )
+        minus_mean = (-turned / per_channel).float().to(device).contiguous()
+    if side.kind == "hadamard":
+        data = _sign_bits(head_size, name)
+    else:
+        data = _fragments(side.forward.double().cpu() / per_channel[:, None], name, dtype)
+    return SideOperand(data.to(device), side.kind != "hadamard", minus_mean, (scale[0], scale[-1]))
+
+
+def _sign_bits(head_size: int, side: Side) -> Tensor:
+    """int32 `[D / 16, 4, 2]`: sign bits of the channels 16 j + 4 c + (0, 1) and (2, 3), low half first."""
+    negative = torch.tensor(signs(head_size, side)).view(-1, 4, 2, 2) < 0
+    bits = negative[..., 0] * 0x8000 + negative[..., 1] * 0x80000000
+    return torch.where(bits >= 1 << 31, bits - (1 << 32), bits).int()
+
+
+def _fragments(matrix: Tensor, side: Side, dtype: torch.dtype) -> Tensor:
+    """T `[H, D out, D in]` as B fragments: `[H, D / 16 in, D / 16 out, lane, (n tile, register, element)]`."""
+    size = matrix.shape[-1]
+    lane = torch.arange(LANES).view(-1, 1, 1, 1)
+    tile, half, element = (torch.arange(2).view(shape) for shape in ((-1, 1, 1), (-1, 1), (-1,)))
+    group, column = lane // 4, lane % 4
+    block_in = torch.arange(size // _BLOCK).view(-1, 1, 1, 1, 1, 1) * _BLOCK
+    block_out = torch.arange(size // _BLOCK).view(-1, 1, 1, 1, 1) * _BLOCK
+    channel_in = block_in + 4 * column + 2 * half + element  # as csrc/store.cu deals k
+    within = 4 * (group // 2) + 2 * tile + group % 2 if side == "key" else 8 * tile + group  # ... and n
+    return matrix[:, block_out + within, channel_in].flatten(-3).to(dtype).contiguous()
+
+
+assert UNIT_TOKENS == _BLOCK  # a unit's tokens are the rows of one matrix instruction
