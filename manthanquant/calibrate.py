@@ -190,7 +190,7 @@ class _Sums:
         positions = torch.arange(length, device=call.query.device)
         key = self.rotary.turn(call.key, -positions)
         query = self.rotary.turn(call.query, -positions).view(self.kv_heads, self.group, length, self.size)
-        mean = self.rotary.average_vector(key[:, self.sinks :].mean(1).double(), self.span).float()
+        mean = self.rotary.average_vector(key[:, self.sinks :].mean(1).double().cpu(), self.span).to(key)
         key_square = (call.key - mean[:, None]).square().sum(-1)
         query_square = query.square().sum(-1)
         value = call.value.repeat_interleave(self.group, 0) @ self.root

@@ -107,6 +107,8 @@ class Rotary:
     Attributes:
         first, second: int64 `[D / 2]`, channel indices; channels that do not turn are paired with frequency 0.
         frequency: fp64 `[D / 2]`, radians a position.
+
+    All on the CPU; averages are taken there.
     """
 
     first: Tensor
@@ -115,7 +117,7 @@ class Rotary:
 
     def turn(self, x: Tensor, positions: Tensor) -> Tensor:
         """Vectors `[..., T, D]` turned by `positions` `[T]`, same dtype; negative positions turn back."""
-        angle = positions.double()[:, None] * self.frequency
+        angle = positions.to(x.device, torch.float64)[:, None] * self.frequency.to(x.device)
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         a, b = x[..., self.first], x[..., self.second]
         out = torch.empty_like(x)

@@ -95,7 +95,7 @@ def coded_cache(
     """One of our formats; `layers(index, head size)` gives the transforms."""
 
     def code(call: AttentionCall) -> tuple[Tensor, Tensor]:
-        layer = layers(call.layer, call.key.shape[-1])
+        layer = layers(call.layer, call.key.shape[-1]).to(call.key.device)
         return _through(call.key, fmt, "key", layer.key), _through(call.value, fmt, "value", layer.value)
 
     return Cache(name, fmt.token_bytes, code, sink_tokens, recent_tokens)
