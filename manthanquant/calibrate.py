@@ -39,7 +39,6 @@ from manthanquant.transform import (
     SideTransform,
     dense_transform,
     gain_transform,
-    hadamard_transform,
 )
 
 DEFAULT_KINDS: dict[str, Kind] = {"k3v3": "gain", "k42v3": "gain", "k42v42": "dense", "k4v4": "gain"}
@@ -277,11 +276,11 @@ def _power(moment: Tensor, exponent: float) -> Tensor:
 
 
 def transforms(statistics: LayerStatistics, fmt: Format, kind: Kind) -> LayerTransform:
-    """The transforms of one layer. A value side of one code width gains nothing from a calibration: Hadamard."""
-    key = _side(statistics.key, statistics.query, fmt, "key", kind, statistics.mean.float())
-    if len(fmt.value_bits) == 1:
-        return LayerTransform(key, hadamard_transform(fmt, "value", statistics.value.shape[-1]))
-    return LayerTransform(key, _side(statistics.value, statistics.output, fmt, "value", kind, None))
+    """The transforms of one layer, both sides of `kind`. Values keep their mean: taking it off does not help them."""
+    return LayerTransform(
+        _side(statistics.key, statistics.query, fmt, "key", kind, statistics.mean.float()),
+        _side(statistics.value, statistics.output, fmt, "value", kind, None),
+    )
 
 
 def _side(source: Tensor, metric: Tensor, fmt: Format, side: Side, kind: Kind, mean: Tensor | None) -> SideTransform:

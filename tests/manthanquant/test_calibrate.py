@@ -69,12 +69,13 @@ def test_the_wide_class_holds_the_important_channels_at_unit_variance(statistics
     assert bool((importance[:, :half].sum(1) > 3 * importance[:, half:].sum(1)).all())
 
 
-def test_only_a_value_side_of_two_widths_is_calibrated(statistics):
-    assert transforms(statistics, formats.K42V3, "dense").value.kind == "hadamard"
-    assert transforms(statistics, formats.K42V42, "dense").value.kind == "dense"
-    assert transforms(statistics, formats.K42V42, "gain").value.kind == "gain"
-    assert transforms(statistics, formats.K42V42, "gain").value.mean is None
-    assert torch.equal(transforms(statistics, formats.K3V3, "gain").key.mean, statistics.mean.float())
+@pytest.mark.parametrize("kind", calibrate.KINDS)
+def test_both_sides_are_calibrated_and_only_keys_lose_their_mean(statistics, kind):
+    layer = transforms(statistics, formats.K42V3, kind)
+    assert (layer.key.kind, layer.value.kind) == (kind, kind)
+    assert torch.equal(layer.key.mean, statistics.mean.float()) and layer.value.mean is None
+    plain = _predicted_error(hadamard_transform(formats.K42V3, "value", SIZE), statistics.value, statistics.output)
+    assert bool((_predicted_error(layer.value, statistics.value, statistics.output) < plain).all())
 
 
 def test_an_unknown_kind_is_named(statistics):
