@@ -10,6 +10,7 @@ from typing import Any
 import vllm
 from torch import Tensor
 from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -63,6 +64,11 @@ def metadata_of(layer_name: str) -> Any:
     if isinstance(metadata, list):  # with speculative decoding: one entry a draft step, the model's own first
         metadata = metadata[0]
     return metadata[layer_name] if isinstance(metadata, dict) else metadata
+
+
+def tensor_parallel_rank() -> tuple[int, int]:
+    """This worker's rank and how many ranks share the heads."""
+    return get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
 
 
 def max_requests(config: VllmConfig) -> int:

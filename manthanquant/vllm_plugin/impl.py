@@ -64,7 +64,7 @@ class CompressedImpl(AttentionImpl[StepMetadata]):
             layer.impl.process_weights_after_loading(act_dtype)
             return
         self.kernels = state.kernels(self.head_size)
-        self.transform = state.transform(index, self.head_size)
+        self.transform = state.transform(index, self.head_size, self.num_kv_heads)
         if self.kv_sharing_target_layer_name is not None:  # reads another layer's pages, in that layer's transform
             target = compat.layers_of(get_current_vllm_config())[self.kv_sharing_target_layer_name]
             self.transform = target.impl.transform
@@ -209,7 +209,7 @@ class ShadowImpl(CPUAttentionBackendImpl):
         self._format = formats.get(state.settings.format)
         if isinstance(self._format, formats.Format):
             self._kernels = state.kernels(self.head_size)
-            self._transform = state.transform(compat.layer_index(name), self.head_size)
+            self._transform = state.transform(compat.layer_index(name), self.head_size, self.num_kv_heads)
         if self.kv_sharing_target_layer_name is None:  # the engine's own cache serves: that is what a token costs
             state.count_layer(self.num_kv_heads, self.head_size, layer.kv_cache_torch_dtype.itemsize, None)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from manthanquant import contract, formats, kernel_report, ops, settings
 from manthanquant.stats import WorkerSnapshot, WriteCounters
 from manthanquant.transform import LayerTransform, default_transform
+from manthanquant.vllm_plugin import compat, sharding
 
 if TYPE_CHECKING:
     from manthanquant.calibration import Calibration
@@ -55,11 +56,12 @@ class Runtime:
             return contract.KernelReport(kernel_report.TORCH, message="no layer asked for a kernel")
         return kernel_report.combined([kernels.report for kernels in self._kernels.values()])
 
-    def transform(self, index: int, head_size: int) -> LayerTransform:
-        """The transform of layer `index`: calibrated, or Hadamard."""
+    def transform(self, index: int, head_size: int, kv_heads: int) -> LayerTransform:
+        """The transform of layer `index` for this rank's `kv_heads` heads: calibrated, or Hadamard."""
         if self.calibration is None:
             return default_transform(self.format, head_size)
-        return self.calibration.layer(index)
+        rank, world = compat.tensor_parallel_rank()
+        return sharding.heads_of_rank(self.calibration.layer(index), kv_heads, rank, world)
 
     def count_layer(self, kv_heads: int, head_size: int, element_bytes: int, token_bytes: int | None) -> None:
         """Adds a layer's bytes a token. `token_bytes`: of one KV head's pair; None where the engine's cache serves."""
