@@ -15,7 +15,7 @@ from manthanquant.formats import UNIT_TOKENS, check_head_size
 from manthanquant.reference import HotPool
 from manthanquant.stats import SAMPLE_EVERY, SAMPLE_TOKENS, SHADOW_SAMPLE_EVERY
 from manthanquant.vllm_plugin import chunk, compat, runtime, sampling, shadow
-from manthanquant.vllm_plugin.metadata import StepMetadata
+from manthanquant.vllm_plugin.metadata import Chunk, StepMetadata
 
 
 class CompressedImpl(AttentionImpl[StepMetadata]):
@@ -48,7 +48,10 @@ class CompressedImpl(AttentionImpl[StepMetadata]):
         self.sliding_window = sliding_window
         self.soft_cap = logits_soft_cap or None
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
-        self.format = runtime.current().format
+        state = runtime.current()
+        self.format = state.format
+        self.token_bytes = self.format.token_bytes(head_size)
+        self.sink_tokens, self.recent_tokens = state.settings.sink_tokens, state.settings.recent_tokens
         self._writes = 0
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
@@ -71,8 +74,7 @@ class CompressedImpl(AttentionImpl[StepMetadata]):
             self.hot_copies = target.impl.hot_copies
             self.hot_slots = target.impl.hot_slots
             return
-        token_bytes = self.format.token_bytes(self.head_size)
-        state.count_layer(self.num_kv_heads, self.head_size, element_bytes, token_bytes)
+        state.count_layer(self.num_kv_heads, self.head_size, element_bytes, self.token_bytes)
         self.hot_slots = _hot_slots(state.settings)
         self.hot_copies = runtime.hot_copies(self.hot_slots, self.num_kv_heads, self.head_size)
         state.pool_bytes += sum(copy.nbytes for copy in self.hot_copies)
@@ -97,7 +99,7 @@ class CompressedImpl(AttentionImpl[StepMetadata]):
             tokens,
             self.num_kv_heads,
             2 * self.head_size * key.element_size(),
-            self.format.token_bytes(self.head_size),
+            self.token_bytes,
             errors,
         )
         if self._writes == 0 or state.writes.calls % SAMPLE_EVERY == 0:
@@ -121,80 +123,55 @@ class CompressedImpl(AttentionImpl[StepMetadata]):
         """Attention of the step's tokens, written into `output` `[T, heads, D]`."""
         if attn_metadata is None:  # compilation's warm-up, without a cache
             return output
-        metadata, n = attn_metadata, attn_metadata.decodes
-        if n:
-            self._attend_cache(slice(0, n), slice(0, n), metadata.query_start_loc, query, kv_cache, metadata, output)
-        for prefill in metadata.prefills:
-            rows, count = slice(prefill.first, prefill.last), prefill.last - prefill.first
-            before = prefill.length - count
-            if before and count <= runtime.current().settings.recent_tokens and metadata.hot_table is not None:
-                # So short that its own tokens are in the exact tier too: one kernel reads it all from the cache.
-                starts = torch.tensor([0, count], dtype=torch.int32, device=query.device)
-                request = slice(prefill.row, prefill.row + 1)
-                self._attend_cache(rows, request, starts, query, kv_cache, metadata, output)
-            else:
-                self._attend_chunk(rows, prefill.row, before, query, key, value, kv_cache, metadata, output)
+        hot = self._hot(attn_metadata)
+        for batch in attn_metadata.batches:
+            self.kernels.attention(
+                query[batch.rows],
+                kv_cache,
+                batch.block_table,
+                batch.seq_lens,
+                batch.query_start_loc,
+                self.transform,
+                self.scale,
+                window=self.sliding_window,
+                soft_cap=self.soft_cap,
+                sink_tokens=self.sink_tokens,
+                recent_tokens=self.recent_tokens,
+                hot=hot,
+                out=output[batch.rows],
+            )
+        for part in attn_metadata.chunks:
+            self._attend_chunk(part, query, key, value, kv_cache, hot, output)
         return output
-
-    def _attend_cache(
-        self,
-        rows: slice,
-        requests: slice,
-        query_start_loc: Tensor,
-        query: Tensor,
-        kv_cache: Tensor,
-        metadata: StepMetadata,
-        output: Tensor,
-    ) -> None:
-        """Attention of `query[rows]`, the tokens of `requests`, over the cache alone."""
-        wanted, count = runtime.current().settings, requests.stop - requests.start
-        self.kernels.attention(
-            query[rows],
-            kv_cache,
-            metadata.block_table[requests],
-            metadata.seq_lens[requests],
-            query_start_loc[: count + 1],
-            self.transform,
-            self.scale,
-            window=self.sliding_window,
-            soft_cap=self.soft_cap,
-            sink_tokens=wanted.sink_tokens,
-            recent_tokens=wanted.recent_tokens,
-            hot=self._hot(metadata),
-            out=output[rows],
-        )
 
     def _attend_chunk(
         self,
-        rows: slice,
-        row: int,
-        before: int,
+        part: Chunk,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
-        metadata: StepMetadata,
+        hot: HotPool | None,
         output: Tensor,
     ) -> None:
-        """Attention of a chunk over itself, exact, and over the `before` tokens before it, from the cache."""
-        k, v = key[rows], value[rows]
-        first = max(0, before - self.sliding_window + 1) if self.sliding_window else 0
-        if before > first:
-            wanted = runtime.current().settings
+        """Attention of a chunk over itself, exact, and over the tokens before it, from the cache."""
+        k, v = key[part.rows], value[part.rows]
+        first = max(0, part.before - self.sliding_window + 1) if self.sliding_window else 0
+        if part.before > first:
             prefix = chunk.read_prefix(
                 kv_cache,
-                metadata.block_table[row],
+                part.pages,
                 first,
-                before,
+                part.before,
                 self.format,
                 self.transform,
                 self.head_size,
-                self._hot(metadata),
-                wanted.sink_tokens,
-                wanted.recent_tokens,
+                hot,
+                self.sink_tokens,
+                self.recent_tokens,
             )
             k, v = (torch.cat([old.to(new.dtype), new]) for old, new in zip(prefix, (k, v)))
-        output[rows] = chunk.attend(query[rows], k, v, self.scale, self.sliding_window, self.soft_cap)
+        output[part.rows] = chunk.attend(query[part.rows], k, v, self.scale, self.sliding_window, self.soft_cap)
 
 
 class ShadowImpl(CPUAttentionBackendImpl):

@@ -1,7 +1,7 @@
-"""What a step's layers share: who decodes, who prefills, where the cache lies, and the exact tier's tables.
+"""What a step's layers share: who reads the cache, who prefills, and the exact tier's tables.
 
-Built once a step and cache group. Decodes come first in the batch (`reorder_batch_threshold`), so each forward is one
-call for them and a loop over the few prefills.
+Built once a step and cache group, so that each layer only calls kernels. Decodes come first in the batch
+(`reorder_batch_threshold`), so they are one call.
 """
 
 from __future__ import annotations
@@ -21,27 +21,32 @@ from manthanquant.vllm_plugin import compat, runtime
 
 
 @dataclass(frozen=True)
-class Prefill:
-    """One request that brings more than one new token: `query[first:last]`, of `length` tokens in all."""
+class CacheBatch:
+    """Requests that read everything from the cache; `query[rows]` are their new tokens. Shapes as in `reference`."""
 
-    row: int
-    first: int
-    last: int
-    length: int
+    rows: slice
+    block_table: Tensor
+    seq_lens: Tensor
+    query_start_loc: Tensor
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A request's prefill: `query[rows]`, behind `before` tokens that are in the cache at `pages`."""
+
+    rows: slice
+    before: int
+    pages: Tensor
 
 
 @dataclass(frozen=True)
 class StepMetadata:
-    """Shapes as `reference.attention` has them; the first `decodes` rows bring one token each."""
+    """One step of one cache group. `hot_slots` int64 `[T]` and `hot_table` int32 `[units]`: see `hot`."""
 
-    num_actual_tokens: int
-    decodes: int
-    prefills: tuple[Prefill, ...]
-    query_start_loc: Tensor
-    seq_lens: Tensor
-    block_table: Tensor
-    hot_slots: Tensor | None  # int64 [T]; None without an exact tier
-    hot_table: Tensor | None  # int32 [units]
+    batches: tuple[CacheBatch, ...]
+    chunks: tuple[Chunk, ...]
+    hot_slots: Tensor | None
+    hot_table: Tensor | None
 
 
 class MetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
@@ -64,28 +69,25 @@ class MetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> StepMetadata:
         common = common_attn_metadata
-        decodes, _, _, _ = split_decodes_and_prefills(common, decode_threshold=1)
-        starts, lengths = common.query_start_loc_cpu.tolist(), common.seq_lens.tolist()
-        prefills = tuple(
-            Prefill(row, starts[row], starts[row + 1], lengths[row])
-            for row in range(decodes, common.num_reqs)
-            if starts[row + 1] > starts[row]
-        )
         table, slots = self._hot_table(), None
         if table is not None:
             slots = table.update(
                 common.slot_mapping, common.block_table_tensor, common.seq_lens, common.query_start_loc
             )
-        return StepMetadata(
-            common.num_actual_tokens,
-            decodes,
-            prefills,
-            common.query_start_loc,
-            common.seq_lens,
-            common.block_table_tensor,
-            slots,
-            None if table is None else table.slot,
-        )
+        decodes, _, _, _ = split_decodes_and_prefills(common, decode_threshold=1)
+        batches = [_batch(common, 0, decodes, common.query_start_loc, slice(0, decodes))] if decodes else []
+        chunks = []
+        starts, lengths = common.query_start_loc_cpu.tolist(), common.seq_lens.tolist()
+        for row in range(decodes, common.num_reqs):
+            rows, count = slice(starts[row], starts[row + 1]), starts[row + 1] - starts[row]
+            before = lengths[row] - count
+            if before and table is not None and count <= table.recent_tokens:
+                # So short that its own tokens are in the exact tier too: the kernel reads it all from the cache.
+                own = torch.tensor([0, count], dtype=torch.int32, device=self.device)
+                batches.append(_batch(common, row, 1, own, rows))
+            elif count:
+                chunks.append(Chunk(rows, before, common.block_table_tensor[row]))
+        return StepMetadata(tuple(batches), tuple(chunks), slots, None if table is None else table.slot)
 
     def _hot_table(self) -> HotTable | None:
         """This group's table, made at the first step: only then does the cache's size stand in the layers."""
@@ -103,3 +105,8 @@ class MetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             )
             runtime.current().tables.append(self._table)
         return self._table
+
+
+def _batch(common: CommonAttentionMetadata, first: int, count: int, starts: Tensor, rows: slice) -> CacheBatch:
+    last = first + count
+    return CacheBatch(rows, common.block_table_tensor[first:last], common.seq_lens[first:last], starts[: count + 1])

@@ -51,7 +51,7 @@ def run(settings: dict[str, str], engine: dict[str, Any], rounds: list[dict[str,
         capture_output=True,
         text=True,
         check=False,
-        timeout=280,
+        timeout=900,
     )
     if done.returncode:
         raise AssertionError(f"the engine failed ({done.returncode}):\n{done.stderr[-3000:]}{done.stdout[-3000:]}")

@@ -19,7 +19,7 @@ from support.models import small_model, windowed_model
 
 from manthanquant import contract, formats
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
 PROMPT, NEW, CHUNK, RECENT, SINKS = 400, 16, 128, 32, 4
 COMPRESSED = {
