@@ -58,8 +58,8 @@ cudaError_t launch_decode(const DecodeParams& params, int ctas, bool small_teams
 }
 
 cudaError_t launch_dense(const DenseParams& params, cudaStream_t stream) {
-    const dim3 grid(params.kv_heads, ceil_div(params.tokens * params.group, kDenseRows));
-    return launch(dense_kernel<MQ_HEAD_SIZE>, grid, MQ_HEAD_SIZE, 0, stream, params);
+    const dim3 grid(params.kv_heads, ceil_div(params.tokens * params.group, kDenseRows<MQ_HEAD_SIZE>));
+    return launch(dense_kernel<MQ_HEAD_SIZE>, grid, kDenseGroups * MQ_HEAD_SIZE / 4, 0, stream, params);
 }
 
 }  // namespace mq

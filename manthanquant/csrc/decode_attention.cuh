@@ -919,13 +919,16 @@ __global__ void __launch_bounds__(V::kThreads, 1) decode_attention_kernel(const 
         bool last = true;
         if (split.parts > 1) {
             store_partial<V>(params, index, split.slot, coded);
-            if constexpr (V::kHasExact) store_partial<V>(params, index, exact_slots + split.slot, exact);
+            if (has_exact) store_partial<V>(params, index, exact_slots + split.slot, exact);
             last = arrive_last<V>(params, shared, team_in_cta, warp_in_team * kLanes + lane, pair_index(params, segment),
                                   split.parts);
             if (last) {
                 coded = load_partials<V>(params, index, split.first_slot, split.parts);
-                if constexpr (V::kHasExact)
-                    exact = load_partials<V>(params, index, exact_slots + split.first_slot, split.parts);
+                if (V::kHasExact && span.exact_units() > 0) {  // they lie in the last parts
+                    const int first_part = split.part_of(span.coded_blocks, work.stretch);
+                    exact = load_partials<V>(params, index, exact_slots + split.first_slot + first_part,
+                                             split.parts - first_part);
+                }
             }
         }
         if (last) finish_pair<V>(params, shared, index, team_in_cta, segment, transform, coded, exact);

@@ -15,9 +15,10 @@ namespace mq {
 constexpr int kBlockUnits = 4;  // a block, 64 tokens: what a warp copies and multiplies at a time
 constexpr int kBlockTokens = kBlockUnits * kUnitTokens;
 
-constexpr int kWholePairSlack = 16;  // a stretch may grow by this part of it so that it ends with a pair
+constexpr int kAlignmentSlack = 16;  // a stretch may grow by a 16th of it so that it ends where a pair does
 
 MQ_HOST_DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+MQ_HOST_DEVICE constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
 // unit / page_units by a multiplication: exact for units below 2^31 / page_units^2, far above any sequence.
 __device__ __forceinline__ int page_of_unit(const DecodeParams& params, int unit) {
@@ -100,16 +101,30 @@ class Work {
         }
         const int total = __reduce_add_sync(kFullWarp, items) * pairs;
         longest = __reduce_max_sync(kFullWarp, longest);
-        stretch = stretch_of(total, longest, teams, team_warps);
+        const int least = ceil_div(total, teams), even = round_up(least, team_warps), most = even + even / kAlignmentSlack;
+
+        // Three ways to cut the list. Whole pairs a team, where they fit: nothing is merged.
+        stretch = round_up(least, longest);
+        aligned_ = false;
+        if (stretch > most) {
+            // Each pair in parts of its own, where there are teams enough for that: one segment a team.
+            stretch = round_up(ceil_div(longest, max(1, longest * teams / max(1, total))), team_warps);
+            int parts = ceil_div(first_round, stretch);
+            for (int request = lane + 32; request < params.requests; request += 32)
+                parts += ceil_div(items_of(request), stretch);
+            aligned_ = stretch <= most && __reduce_add_sync(kFullWarp, parts) * pairs <= teams;
+            if (!aligned_) stretch = even;  // Else straight on, across pairs.
+        }
+        // The length of a pair in the list.
+        const auto padded = [&](int own) { return aligned_ ? round_up(own, stretch) : own; };
 
         const int first = team * stretch;
-        left_ = max(0, min(stretch, total - first));
+        left_ = 0;
         segment = {};
-        if (left_ == 0) return;
         int before = 0;  // items of the requests before this round of 32
-        for (int base = 0;; base += 32) {
-            const int own = base == 0 ? first_round : items_of(base + lane);
-            int upto = own;
+        for (int base = 0; base < params.requests; base += 32) {
+            const int own = base == 0 ? first_round : items_of(base + lane), own_padded = padded(own);
+            int upto = own_padded;
 #pragma unroll
             for (int step = 1; step < 32; step *= 2) {
                 const int other = __shfl_up_sync(kFullWarp, upto, step);
@@ -118,14 +133,15 @@ class Work {
             const unsigned ends_later = __ballot_sync(kFullWarp, (before + upto) * pairs > first);
             if (ends_later != 0) {
                 const int found = __ffs(ends_later) - 1;
-                const int items_before = before + __shfl_sync(kFullWarp, upto - own, found);
-                const int pair_items = __shfl_sync(kFullWarp, own, found);
-                const int offset = first - items_before * pairs, pair = offset / pair_items;
+                const int items_before = before + __shfl_sync(kFullWarp, upto - own_padded, found);
+                const int pair_items = __shfl_sync(kFullWarp, own, found), pair_length = padded(pair_items);
+                const int offset = first - items_before * pairs, pair = offset / pair_length;
                 segment.request = base + found;
                 segment.head = params.row_tiles == 1 ? pair : pair / params.row_tiles;
                 segment.row_tile = pair - segment.head * params.row_tiles;
-                segment.begin = offset - pair * pair_items;
-                segment.end = min(pair_items, segment.begin + left_);
+                segment.begin = offset - pair * pair_length;
+                segment.end = min(pair_items, segment.begin + stretch);
+                left_ = aligned_ ? segment.end - segment.begin : min(stretch, total - first);
                 return;
             }
             before += __shfl_sync(kFullWarp, upto, 31);
@@ -147,13 +163,7 @@ class Work {
     int stretch;  // items a team
 
   private:
-    // A multiple of the team's warps; or of the longest pair, where that is nearly as short: then nothing is cut.
-    __device__ static __forceinline__ int stretch_of(int total, int longest, int teams, int team_warps) {
-        const int least = ceil_div(total, teams), even = ceil_div(least, team_warps) * team_warps;
-        const int whole = ceil_div(least, longest) * longest;
-        return whole <= even + even / kWholePairSlack ? whole : even;
-    }
-
+    bool aligned_;  // pairs are cut from their own beginning, so a stretch lies in one
     int left_;  // items from segment.begin on
 };
 
@@ -167,6 +177,12 @@ struct Split {
     int parts;
     int first_slot;
     int slot;
+    int first_end;  // the item after the first part; those that follow have `stretch` items each
+
+    // The part that holds an item.
+    __device__ int part_of(int item, int stretch) const {
+        return item < first_end ? 0 : 1 + (item - first_end) / stretch;
+    }
 };
 
 __device__ __forceinline__ Split split_of(const DecodeParams& params, const Segment& segment, int pair_items,
@@ -178,7 +194,8 @@ __device__ __forceinline__ Split split_of(const DecodeParams& params, const Segm
     // A segment that starts a pair may start anywhere in the team's stretch; what it takes of it is `end`.
     const int later_teams = ceil_div(from_here - (segment.end - segment.begin), stretch);
     const int first_team = team - before_teams;
-    return {before_teams + 1 + later_teams, pair + first_team, pair + team};
+    const int first_end = before_teams > 0 ? segment.begin - (before_teams - 1) * stretch : segment.end;
+    return {before_teams + 1 + later_teams, pair + first_team, pair + team, first_end};
 }
 
 }  // namespace mq

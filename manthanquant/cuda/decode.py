@@ -177,6 +177,8 @@ class DecodeAttention:
         requests = seq_lens.shape[0]
         out = torch.empty_like(query) if out is None else out
         self._check(query, cache, block_table, seq_lens, out, hot, sink_tokens, recent_tokens)
+        if requests == 0:
+            return out
         params = self.build.DecodeParams()
         stream = stream_of(query.device)
 
