@@ -99,30 +99,37 @@ class Work {
             items += own;
             longest = max(longest, own);
         }
-        const int total = __reduce_add_sync(kFullWarp, items) * pairs;
+        int total = __reduce_add_sync(kFullWarp, items) * pairs;
         longest = __reduce_max_sync(kFullWarp, longest);
         const int least = ceil_div(total, teams), even = round_up(least, team_warps), most = even + even / kAlignmentSlack;
 
-        // Three ways to cut the list. Whole pairs a team, where they fit: nothing is merged.
-        stretch = round_up(least, longest);
+        // Whole pairs a team, where they fit: nothing is merged. Else straight on, across pairs.
+        const int whole = round_up(least, longest);
+        stretch = whole <= most ? whole : even;
         aligned_ = false;
-        if (stretch > most) {
-            // Each pair in parts of its own, where there are teams enough for that: one segment a team.
-            stretch = round_up(ceil_div(longest, max(1, longest * teams / max(1, total))), team_warps);
-            int parts = ceil_div(first_round, stretch);
-            for (int request = lane + 32; request < params.requests; request += 32)
-                parts += ceil_div(items_of(request), stretch);
-            aligned_ = stretch <= most && __reduce_add_sync(kFullWarp, parts) * pairs <= teams;
-            if (!aligned_) stretch = even;  // Else straight on, across pairs.
+        if constexpr (kHasExact) {
+            // Exact items make long pairs a little longer than a multiple of the stretch. Then each pair is cut from its
+            // own beginning, where there are teams enough for that: one segment a team.
+            if (whole > most) {
+                const int pieces = max(1, longest * teams / max(1, total));
+                const int piece = round_up(ceil_div(longest, pieces), team_warps);
+                int parts = ceil_div(first_round, piece);
+                for (int request = lane + 32; request < params.requests; request += 32)
+                    parts += ceil_div(items_of(request), piece);
+                parts = __reduce_add_sync(kFullWarp, parts) * pairs;
+                aligned_ = piece <= most && parts <= teams;
+                if (aligned_) stretch = piece, total = parts * piece;  // as long as its pieces
+            }
         }
         // The length of a pair in the list.
-        const auto padded = [&](int own) { return aligned_ ? round_up(own, stretch) : own; };
+        const auto padded = [&](int own) { return kHasExact && aligned_ ? round_up(own, stretch) : own; };
 
         const int first = team * stretch;
-        left_ = 0;
+        left_ = max(0, min(stretch, total - first));
         segment = {};
+        if (left_ == 0) return;
         int before = 0;  // items of the requests before this round of 32
-        for (int base = 0; base < params.requests; base += 32) {
+        for (int base = 0;; base += 32) {
             const int own = base == 0 ? first_round : items_of(base + lane), own_padded = padded(own);
             int upto = own_padded;
 #pragma unroll
@@ -140,8 +147,8 @@ class Work {
                 segment.head = params.row_tiles == 1 ? pair : pair / params.row_tiles;
                 segment.row_tile = pair - segment.head * params.row_tiles;
                 segment.begin = offset - pair * pair_length;
-                segment.end = min(pair_items, segment.begin + stretch);
-                left_ = aligned_ ? segment.end - segment.begin : min(stretch, total - first);
+                segment.end = min(pair_items, segment.begin + left_);
+                if (kHasExact && aligned_) left_ = segment.end - segment.begin;
                 return;
             }
             before += __shfl_sync(kFullWarp, upto, 31);
