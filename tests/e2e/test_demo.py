@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from e2e import demo
+from e2e import demo, images
 from e2e.steps import Steps
 from e2e.target import Target, wait_for
-from localcluster import lifecycle
+from localcluster import lifecycle, paths
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
 
@@ -95,6 +95,26 @@ def test_the_pod_is_restricted(target: Target, served: dict[str, Any]) -> None:
     assert lines[0] == "1000"
     assert "Read-only file system" in lines[1]
     assert lines[2] == "cache writable"
+
+
+@pytest.mark.parametrize("image", ["operator", "server-cpu"])
+def test_an_image_passes_its_smoke_test(target: Target, image: str) -> None:
+    reference = {"operator": target.operator_image, "server-cpu": target.server_image}[image]
+    assert "byte-compiled" in images.smoke(reference, image)
+
+
+def test_the_demo_runs_on_the_current_context(
+    target: Target, served: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`CLUSTER=current`, with this cluster as the context: everything is there already and is kept."""
+    monkeypatch.setenv("KUBECONFIG", str(target.kubeconfig))
+    monkeypatch.setenv("PATH", f"{paths.bin_dir()}:{os.environ['PATH']}")
+    monkeypatch.setenv("OPERATOR_IMAGE", target.operator_image)
+    monkeypatch.setenv("SERVER_IMAGE", target.server_image)
+    demo.run("current", "")
+    printed = capsys.readouterr().out
+    assert "Paris" in printed
+    assert "$ kubectl get qm" in printed
 
 
 def model(name: str, **spec: Any) -> dict[str, Any]:
