@@ -43,6 +43,7 @@ environment: python3 ## make the tests' virtual environment, .venv
 
 .PHONY: test
 test: lint ## set up, lint, and run every test: units, the real engine, a real control plane, the whole path
+	@$(LOCALCLUSTER) build
 	$(PYTEST)
 
 .PHONY: test-unit
