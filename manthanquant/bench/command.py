@@ -18,20 +18,30 @@ from manthanquant.bench.result import Result
 HELP = "time the kernels beside those of others"
 # Each has `run(peers) -> Iterator[Result]`.
 SUITES = {"store": "manthanquant.bench.store", "vectors": "manthanquant.bench.vectors"}
+CPU_SUITE = "cpu"  # needs no GPU, and prints a table of its own
 PEER_PACKAGES = ("vllm",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"default: all of {', '.join(SUITES)}")
+    parser.add_argument(
+        "suites", nargs="*", metavar="SUITE", help=f"default: {', '.join(SUITES)}; or {CPU_SUITE} alone"
+    )
     parser.add_argument("--no-peers", action="store_true", help="time only our own kernels")
     parser.add_argument("--output", type=Path, help="write bench.json, bench.md and bench.png to this directory")
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 1 where there is no GPU, 2 for an unknown suite."""
+    if args.suites == [CPU_SUITE]:
+        from manthanquant.bench import cpu
+
+        return cpu.main([])
     unknown = [name for name in args.suites if name not in SUITES]
     if unknown:
-        print(f"manthanquant bench: unknown suite {unknown[0]!r}: use {', '.join(SUITES)}", file=sys.stderr)
+        print(
+            f"manthanquant bench: unknown suite {unknown[0]!r}: use {', '.join(SUITES)}, or {CPU_SUITE} alone",
+            file=sys.stderr,
+        )
         return 2
     import torch
 

@@ -1,16 +1,19 @@
-"""`manthanquant bench cpu`: one layer's store and attention on this CPU, beside vLLM's own operator and PyTorch's.
+"""One layer's store and attention on this CPU, beside vLLM's own operator and PyTorch's.
 
 Every contender gets the same shapes and the same machine state: rounds are interleaved, the caches are flushed before
 each call (in an engine, a layer's weights come between), and the median of the rounds is shown, in microseconds a call,
 with the fastest round in brackets. Peers attend to an uncompressed bf16 cache.
+
+`manthanquant bench cpu`, or with options `python -m manthanquant.bench.cpu --help`.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -208,7 +211,9 @@ def time_calls(calls: dict[str, Call | None], rounds: int, clock: Callable[[], f
     }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m manthanquant.bench.cpu", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--format", default=DEFAULT_FORMAT, help="default: %(default)s")
     parser.add_argument("--heads", type=int, default=9, help="query heads; default: %(default)s, as SmolLM2-135M")
     parser.add_argument("--kv-heads", type=int, default=3, help="default: %(default)s")
@@ -222,9 +227,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rounds", type=int, default=20, help="default: %(default)s")
     parser.add_argument("--with-pytorch-path", action="store_true", help="time the fallback too; it is slow")
-
-
-def run(args: argparse.Namespace) -> int:
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     fmt, shape = get_paged(args.format), Shape(args.heads, args.kv_heads, args.head_size)
     report = ops.kernels(fmt, shape.head_size).report
@@ -248,3 +251,7 @@ def run(args: argparse.Namespace) -> int:
             print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
         print("| " + " | ".join([step.name, *cells.values()]) + " |", flush=True)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
