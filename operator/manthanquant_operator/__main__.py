@@ -37,8 +37,11 @@ def _run(path: Path | None, verbose: bool) -> int:
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
         asyncio.run(app.run(settings.load(path)))
-    except (SettingsError, app.OperatorStopped) as error:
+    except SettingsError as error:
         logging.getLogger(__name__).error("%s", error)
+        return 1
+    except app.OperatorStopped as error:
+        logging.getLogger(__name__).error("%s", error, exc_info=error.__cause__)  # a cause is a defect: say where
         return 1
     return 0
 

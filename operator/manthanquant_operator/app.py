@@ -74,8 +74,11 @@ class App:
             if self._settings.leader_election.enabled:
                 await self._lease.release()
         for task in done:
-            if error := task.exception():
-                raise OperatorStopped(str(error)) from error
+            error = task.exception()
+            if isinstance(error, OperatorStopped):
+                raise error
+            if error:
+                raise OperatorStopped(f"{type(error).__name__}: {error}") from error
         if watches not in done:
             raise OperatorStopped("a part of the operator ended: see the log above")
 
