@@ -25,10 +25,12 @@
 #include <cuda_fp16.h>
 #include <cuda_pipeline.h>
 
+#include <algorithm>
 #include <type_traits>
 
 #include "codebook.h"
 #include "layout.h"
+#include "ptx.cuh"
 #include "store.h"
 #include "store_mma.cuh"
 #include "store_pack.cuh"
@@ -176,18 +178,18 @@ __device__ __forceinline__ int64_t slot_of(const StoreParams& p, int token) {
 // row `lane` of 32.
 __device__ __noinline__ Window survey_ragged(const StoreParams& p, int first, int64_t slot, int lane) {
     const int64_t before = slot_of(p, first - kWindow + lane);
-    int64_t after_before = __shfl_down_sync(kWholeWarp, before, 1), after_slot = __shfl_down_sync(kWholeWarp, slot, 1);
-    const int64_t middle = __shfl_sync(kWholeWarp, slot, kWindow);
+    int64_t after_before = __shfl_down_sync(kFullWarp, before, 1), after_slot = __shfl_down_sync(kFullWarp, slot, 1);
+    const int64_t middle = __shfl_sync(kFullWarp, slot, kWindow);
     if (lane == kLanes - 1) after_before = middle, after_slot = -1;
     // Bit i of `follows`: the token after first - 16 + i continues its slot.
-    const uint32_t low = __ballot_sync(kWholeWarp, before >= 0 && after_before == before + 1);
-    const uint32_t high = __ballot_sync(kWholeWarp, slot >= 0 && after_slot == slot + 1) >> kWindow;
+    const uint32_t low = __ballot_sync(kFullWarp, before >= 0 && after_before == before + 1);
+    const uint32_t high = __ballot_sync(kFullWarp, slot >= 0 && after_slot == slot + 1) >> kWindow;
     const uint64_t follows = low | static_cast<uint64_t>(high) << 32;
     constexpr uint32_t kRun = (1u << (kUnitTokens - 1)) - 1;
     const bool starts = before >= 0 && before % kUnitTokens == 0 && (follows >> lane & kRun) == kRun;
-    const uint32_t start_mask = __ballot_sync(kWholeWarp, starts);  // of tokens first - 16 to first + 15
+    const uint32_t start_mask = __ballot_sync(kFullWarp, starts);  // of tokens first - 16 to first + 15
     const bool in_unit = (start_mask >> (lane + 1) & 0xffffu) != 0;  // for lane < 16: is token first + lane covered?
-    const uint32_t scattered = __ballot_sync(kWholeWarp, lane < kWindow && slot >= 0 && !in_unit);
+    const uint32_t scattered = __ballot_sync(kFullWarp, lane < kWindow && slot >= 0 && !in_unit);
     const uint32_t here = start_mask >> kWindow;
     return {here ? __ffs(here) - 1 : -1, scattered, slot};
 }
@@ -195,9 +197,9 @@ __device__ __noinline__ Window survey_ragged(const StoreParams& p, int first, in
 // The same, by a short cut for a window that is one whole unit, as inside a long chunk.
 __device__ __forceinline__ Window survey(const StoreParams& p, int first, int lane) {
     const int64_t slot = slot_of(p, first + lane);
-    const int64_t start = __shfl_sync(kWholeWarp, slot, 0);
+    const int64_t start = __shfl_sync(kFullWarp, slot, 0);
     const bool in_place = lane >= kWindow || slot == start + lane;
-    if (start >= 0 && start % kUnitTokens == 0 && __all_sync(kWholeWarp, in_place)) return {0, 0u, slot};
+    if (start >= 0 && start % kUnitTokens == 0 && __all_sync(kFullWarp, in_place)) return {0, 0u, slot};
     return survey_ragged(p, first, slot, lane);
 }
 
@@ -269,7 +271,7 @@ __device__ __forceinline__ void write_whole_unit(uint8_t* unit, const float4* pa
     gather_codes<Side, kIsKey>(registers, parked);
     if constexpr (!kIsKey) {
 #pragma unroll
-        for (uint32_t& codes : registers) codes = transpose_tile(codes);
+        for (uint32_t& codes : registers) codes = transpose_8x8(codes);
     }
     uint32_t words[Side::words];
     pack_words<Side>(words, registers);
@@ -451,7 +453,7 @@ __device__ __forceinline__ void store_side(const StoreParams& p) {
             Tile tile{whole};
 #pragma unroll
             for (int row = 0; row < 2; ++row) {
-                const int64_t slot = __shfl_sync(kWholeWarp, work.slot, start + g + 8 * row);
+                const int64_t slot = __shfl_sync(kFullWarp, work.slot, start + g + 8 * row);
                 const bool present = whole || (work.scattered >> (g + 8 * row) & 1u);
                 tile.token[row] = first + start + g + 8 * row;
                 tile.slot[row] = present ? slot : -1;
@@ -487,7 +489,7 @@ int windows_of(const StoreParams& p) { return (p.tokens + kWindow - 1) / kWindow
 
 cudaError_t launch_rotations(const StoreParams& p, cudaStream_t stream) {
     const auto kernel = store_kernel<kWarps, false>;
-    const int warps = windows_of(p) < kWarps ? windows_of(p) : kWarps, bytes = warps * kWarpBytes;
+    const int warps = std::min(windows_of(p), kWarps), bytes = warps * kWarpBytes;
     const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (status != cudaSuccess) return status;
     const dim3 grid((windows_of(p) + warps - 1) / warps, p.kv_heads, 2);
@@ -497,19 +499,24 @@ cudaError_t launch_rotations(const StoreParams& p, cudaStream_t stream) {
 
 cudaError_t launch_with_matrix(const StoreParams& p, cudaStream_t stream) {
     const auto kernel = store_kernel<kMatrixWarps, true>;
-    const int warps = windows_of(p) < kMatrixWarps ? windows_of(p) : kMatrixWarps;
-    const int bytes = kMatrixBytes + warps * kWarpBytes;
-    cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    int device = 0, processors = 0, resident = 0;
-    if (status == cudaSuccess) status = cudaGetDevice(&device);
+    int device = 0, processors = 0, most_shared = 0, resident = 0;
+    cudaError_t status = cudaGetDevice(&device);
     if (status == cudaSuccess)
         status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    if (status == cudaSuccess)
+        status = cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (status != cudaSuccess) return status;
+    const int fitting = (most_shared - kMatrixBytes) / kWarpBytes;
+    if (fitting < 1) return cudaErrorInvalidConfiguration;  // Python says so before it comes to this
+    const int warps = std::min({windows_of(p), kMatrixWarps, fitting});
+    const int bytes = kMatrixBytes + warps * kWarpBytes;
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (status == cudaSuccess)
         status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, warps * kLanes, bytes);
     if (status != cudaSuccess) return status;
     // A CTA that holds a matrix keeps it for many windows: no more CTAs than run at once.
     const int most = processors * resident / (2 * p.kv_heads), wanted = (windows_of(p) + warps - 1) / warps;
-    const dim3 grid(wanted < most ? wanted : most < 1 ? 1 : most, p.kv_heads, 2);
+    const dim3 grid(std::min(wanted, std::max(most, 1)), p.kv_heads, 2);
     kernel<<<grid, warps * kLanes, bytes, stream>>>(p);
     return cudaGetLastError();
 }

@@ -12,6 +12,7 @@
 
 #include "codebook.h"
 #include "layout.h"
+#include "ptx.cuh"
 #include "store_mma.cuh"
 
 namespace mq {
@@ -22,8 +23,8 @@ __device__ __forceinline__ __half2 both_halves(float x) { return __float2half2_r
 
 // The sum over lanes 4 g to 4 g + 3, in all four.
 __device__ __forceinline__ float sum_of_four_lanes(float x) {
-    x += __shfl_xor_sync(kWholeWarp, x, 1);
-    return x + __shfl_xor_sync(kWholeWarp, x, 2);
+    x += __shfl_xor_sync(kFullWarp, x, 1);
+    return x + __shfl_xor_sync(kFullWarp, x, 2);
 }
 
 // Two elements quantised.
@@ -139,7 +140,7 @@ struct RowDots {
     __device__ __forceinline__ float row(int which, int lane) const {
         const int g = lane / 4;
         const float* c = which == 0 ? low : high + 2;  // rows g + 8 are the last two elements
-        return __shfl_sync(kWholeWarp, g % 2 == 0 ? c[0] : c[1], 4 * g + g / 2);
+        return __shfl_sync(kFullWarp, g % 2 == 0 ? c[0] : c[1], 4 * g + g / 2);
     }
 };
 

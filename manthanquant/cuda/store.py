@@ -24,6 +24,7 @@ from manthanquant.transform import LayerTransform, SideTransform, hadamard_block
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _BLOCK = 16  # channels of a matrix instruction's k
+_PARKED_BYTES = 64  # shared memory of one warp for each channel: 16 rows in fp32
 
 
 def tie(boundary: float) -> float:
@@ -71,7 +72,16 @@ def prepare(
         _side_operand(side, fmt, name, head_size, dtype, device)
         for side, name in zip((transform.key, transform.value), SIDES)
     )
-    return StoreTransform(fmt, head_size, dtype, *sides)
+    prepared = StoreTransform(fmt, head_size, dtype, *sides)
+    if device.type == "cuda" and (prepared.key.is_matrix or prepared.value.is_matrix):
+        has = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+        needs = head_size * (head_size * dtype.itemsize + _PARKED_BYTES)
+        if needs > has:
+            raise ValueError(
+                f"transform: a {transform.key.kind} one of head size {head_size} needs {needs} bytes of shared memory, "
+                f"this GPU has {has}: calibrate for Hadamard only"
+            )
+    return prepared
 
 
 def store(
