@@ -64,7 +64,7 @@ def test_the_wide_class_holds_the_important_channels_at_unit_variance(statistics
     half = SIZE // 2
     for part in (slice(0, half), slice(half, SIZE)):
         variance = coded[:, part, part].diagonal(dim1=1, dim2=2).mean(1)
-        assert torch.allclose(variance, torch.ones(2, dtype=torch.float64), rtol=1e-3)
+        assert torch.allclose(variance, torch.ones(2, dtype=torch.float64), rtol=1e-2)  # gains are bf16
     importance = weighed.diagonal(dim1=1, dim2=2)
     assert bool((importance[:, :half].sum(1) > 3 * importance[:, half:].sum(1)).all())
 
