@@ -63,6 +63,13 @@ def toolchain(tmp_path: Path) -> Recorder:
     return Recorder(tmp_path / "builds")
 
 
+@pytest.fixture(autouse=True)
+def own_temporary_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A private build lives as long as its process, which a test runner may end without clean-up."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+
+
 def get(extension: Extension, toolchain: Recorder, cache: Path) -> BuildResult:
     return obtain(extension, ARCH, toolchain=toolchain, cache_dir=cache, prebuilt_dir=cache / "none")
 
@@ -237,7 +244,7 @@ def test_an_unwritable_cache_is_reported_and_bypassed(
 
 @pytest.mark.skipif(not ROOT, reason="only root can become another user")
 def test_a_read_only_cache_is_reported_and_bypassed() -> None:
-    with tempfile.TemporaryDirectory() as directory:  # pytest's own is closed to other users
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:  # pytest's own is closed to other users
         os.chmod(directory, 0o755)
         scratch, cache = Path(directory, "scratch"), Path(directory, "cache")
         scratch.mkdir()
