@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from manthanquant import cpu_kernels, reference, selfcheck
+from manthanquant.chunk import attend, read_prefix
 from manthanquant.contract import ENV_BACKEND, KernelReport
 from manthanquant.formats import Format
 from manthanquant.jit import JitError
 from manthanquant.reference import HotPool
 from manthanquant.transform import LayerTransform
-from manthanquant.vllm_plugin.chunk import attend, read_prefix
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from manthanquant import capacity, formats, settings
 from manthanquant.formats import UNIT_TOKENS, check_head_size
 from manthanquant.reference import HotPool
 from manthanquant.stats import SAMPLE_EVERY, SAMPLE_TOKENS, SHADOW_SAMPLE_EVERY
-from manthanquant.vllm_plugin import chunk, compat, runtime, sampling, shadow
-from manthanquant.vllm_plugin.metadata import Chunk, StepMetadata
+from manthanquant.vllm_plugin import compat, runtime, sampling, shadow
+from manthanquant.vllm_plugin.metadata import StepMetadata
 
 
 class CompressedImpl(AttentionImpl[StepMetadata]):
@@ -138,40 +138,10 @@ class CompressedImpl(AttentionImpl[StepMetadata]):
                 sink_tokens=self.sink_tokens,
                 recent_tokens=self.recent_tokens,
                 hot=hot,
+                chunk=(key[batch.rows], value[batch.rows]) if batch.prefill else None,
                 out=output[batch.rows],
             )
-        for part in attn_metadata.chunks:
-            self._attend_chunk(part, query, key, value, kv_cache, hot, output)
         return output
-
-    def _attend_chunk(
-        self,
-        part: Chunk,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        hot: HotPool | None,
-        output: Tensor,
-    ) -> None:
-        """Attention of a chunk over itself, exact, and over the tokens before it, from the cache."""
-        k, v = key[part.rows], value[part.rows]
-        first = max(0, part.before - self.sliding_window + 1) if self.sliding_window else 0
-        if part.before > first:
-            prefix = chunk.read_prefix(
-                kv_cache,
-                part.pages,
-                first,
-                part.before,
-                self.format,
-                self.transform,
-                self.head_size,
-                hot,
-                self.sink_tokens,
-                self.recent_tokens,
-            )
-            k, v = (torch.cat([old.to(new.dtype), new]) for old, new in zip(prefix, (k, v)))
-        output[part.rows] = chunk.attend(query[part.rows], k, v, self.scale, self.sliding_window, self.soft_cap)
 
 
 class ShadowImpl(CPUAttentionBackendImpl):

@@ -1,7 +1,7 @@
-"""What a step's layers share: who reads the cache, who prefills, and the exact tier's tables.
+"""What a step's layers share: who decodes, who prefills, and the exact tier's tables.
 
 Built once a step and cache group, so that each layer only calls kernels. Decodes come first in the batch
-(`reorder_batch_threshold`), so they are one call.
+(`reorder_batch_threshold`), so a step is at most two calls a layer.
 """
 
 from __future__ import annotations
@@ -21,30 +21,25 @@ from manthanquant.vllm_plugin import compat, runtime
 
 
 @dataclass(frozen=True)
-class CacheBatch:
-    """Requests that read everything from the cache; `query[rows]` are their new tokens. Shapes as in `reference`."""
+class Batch:
+    """Some requests of the step: `query[rows]` are their new tokens. Shapes as in `reference`.
+
+    `prefill`: the new tokens are read as they come, exact, and only those before them from the cache. A decode's is
+    in the exact tier.
+    """
 
     rows: slice
     block_table: Tensor
     seq_lens: Tensor
     query_start_loc: Tensor
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A request's prefill: `query[rows]`, behind `before` tokens that are in the cache at `pages`."""
-
-    rows: slice
-    before: int
-    pages: Tensor
+    prefill: bool
 
 
 @dataclass(frozen=True)
 class StepMetadata:
     """One step of one cache group. `hot_slots` int64 `[T]` and `hot_table` int32 `[units]`: see `hot`."""
 
-    batches: tuple[CacheBatch, ...]
-    chunks: tuple[Chunk, ...]
+    batches: tuple[Batch, ...]
     hot_slots: Tensor | None
     hot_table: Tensor | None
 
@@ -74,20 +69,10 @@ class MetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             slots = table.update(
                 common.slot_mapping, common.block_table_tensor, common.seq_lens, common.query_start_loc
             )
-        decodes, _, _, _ = split_decodes_and_prefills(common, decode_threshold=1)
-        batches = [_batch(common, 0, decodes, common.query_start_loc, slice(0, decodes))] if decodes else []
-        chunks = []
-        starts, lengths = common.query_start_loc_cpu.tolist(), common.seq_lens.tolist()
-        for row in range(decodes, common.num_reqs):
-            rows, count = slice(starts[row], starts[row + 1]), starts[row + 1] - starts[row]
-            before = lengths[row] - count
-            if before and table is not None and count <= table.recent_tokens:
-                # So short that its own tokens are in the exact tier too: the kernel reads it all from the cache.
-                own = torch.tensor([0, count], dtype=torch.int32, device=self.device)
-                batches.append(_batch(common, row, 1, own, rows))
-            elif count:
-                chunks.append(Chunk(rows, before, common.block_table_tensor[row]))
-        return StepMetadata(tuple(batches), tuple(chunks), slots, None if table is None else table.slot)
+        decodes, prefills, decoded, prefilled = split_decodes_and_prefills(common, decode_threshold=1)
+        parts = ((0, decodes, 0, decoded, False), (decodes, prefills, decoded, prefilled, True))
+        batches = tuple(_batch(common, *part) for part in parts if part[1])
+        return StepMetadata(batches, slots, None if table is None else table.slot)
 
     def _hot_table(self) -> HotTable | None:
         """This group's table, made at the first step: only then does the cache's size stand in the layers."""
@@ -107,6 +92,14 @@ class MetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         return self._table
 
 
-def _batch(common: CommonAttentionMetadata, first: int, count: int, starts: Tensor, rows: slice) -> CacheBatch:
-    last = first + count
-    return CacheBatch(rows, common.block_table_tensor[first:last], common.seq_lens[first:last], starts[: count + 1])
+def _batch(
+    common: CommonAttentionMetadata, first: int, requests: int, first_token: int, tokens: int, prefill: bool
+) -> Batch:
+    last = first + requests
+    return Batch(
+        slice(first_token, first_token + tokens),
+        common.block_table_tensor[first:last],
+        common.seq_lens[first:last],
+        common.query_start_loc[first : last + 1] - first_token,
+        prefill,
+    )

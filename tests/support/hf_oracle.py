@@ -28,19 +28,15 @@ def pairs(length: int, prompt: int, chunk: int, sink_tokens: int, recent_tokens:
     """What each query reads exactly. Everything else it reads from codes.
 
     A chunk of the prompt reads itself exactly, and before it the units that are sinks or in the window at its start. A
-    chunk behind others that is no longer than the window, and each token after the prompt, read themselves from the
-    exact tier too, where the window ends with them.
+    token after the prompt reads itself from the exact tier too, where the window ends with it.
     """
     own, hot = (torch.zeros(length, length, dtype=torch.bool) for _ in range(2))
     unit = torch.arange(length) // UNIT_TOKENS
     for i in range(length):
-        start = i // chunk * chunk if i < prompt else i
-        stop = min(start + chunk, prompt) if i < prompt else i + 1
-        from_cache = start > 0 and stop - start <= max(1, recent_tokens)
-        window_end = stop if from_cache else start
-        above = max(0, window_end - recent_tokens) // UNIT_TOKENS if recent_tokens > 0 else length
+        start = i // chunk * chunk if i < prompt else i + 1
+        above = max(0, start - recent_tokens) // UNIT_TOKENS if recent_tokens > 0 else length
         hot[i] = (unit < -(-sink_tokens // UNIT_TOKENS)) | (unit >= above)
-        own[i, start:] = not from_cache
+        own[i, start:] = i < prompt
     return Pairs(own, hot & ~own)
 
 

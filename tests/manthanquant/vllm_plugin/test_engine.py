@@ -167,7 +167,10 @@ def test_pages_stay_right_under_preemption_and_prefix_hits() -> None:
     assert sum(output.cached for output in first.rounds[1]) > 0
     outputs = [output for batch in first.rounds for output in batch]
     alone = {"sampling": GREEDY | {"max_tokens": 1, "prompt_logprobs": 0}}
-    whole = [prompt + output.ids for prompt, output in zip(prompts * 2, outputs)]
-    again = engine_job.run(COMPRESSED, engine(path), [alone | {"prompts": [ids]} for ids in whole])
-    assert agreement(outputs, again.rounds, prompts * 2) < 0.35
+    right, wrong = prompts * 2, prompts[1:] + prompts + prompts[:1]
+    whole = [prompt + output.ids for turn in (right, wrong) for prompt, output in zip(turn, outputs)]
+    again = engine_job.run(COMPRESSED, engine(path), [alone | {"prompts": [ids]} for ids in whole]).rounds
+    matching = agreement(outputs, again[: len(outputs)], right)
+    assert matching < 0.4 * agreement(outputs, again[len(outputs) :], wrong)  # as if all pages were another's
+    assert matching < 0.6
     assert all(math.isfinite(x) for output in outputs for x in output.logprobs)

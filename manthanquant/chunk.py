@@ -1,9 +1,8 @@
-"""Attention of a prefill chunk: its own keys and values exact, the tokens before it from the cache.
+"""Attention of a prefill chunk in PyTorch: its own keys and values exact, the tokens before it from the cache.
 
 A chunk's queries mostly read the chunk itself, and its keys and values are at hand, exact: reading them back from codes
-would only cost quality. So a chunk is stored first and then attended exactly; only the tokens before it, if any, are
-dequantised, with their exact copies where the hot tier has them. PyTorch's fused attention does the rest; its workspace
-is the prefix of one layer and one request.
+would only cost quality. Only the tokens before it, if any, are dequantised, with their exact copies where the hot tier
+has them.
 """
 
 from __future__ import annotations

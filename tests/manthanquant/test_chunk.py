@@ -7,10 +7,9 @@ import torch
 from support.cases import make_case
 from torch import Tensor
 
-from manthanquant import formats, reference
+from manthanquant import chunk, formats, reference
 from manthanquant.reference import HotPool
 from manthanquant.transform import default_transform
-from manthanquant.vllm_plugin import chunk
 
 
 def by_definition(
