@@ -160,7 +160,7 @@ class CpuKernels:
                 f"query_start_loc {query_start_loc.shape[0]} entries"
             )
         if out is None:
-            out = torch.zeros(query.shape)
+            out = torch.zeros(query.shape, dtype=torch.float32)
         elif out.shape != query.shape:
             raise ValueError(f"out: shape {tuple(out.shape)}, query has {tuple(query.shape)}")
         chunk_rows = [_NO_ROWS, _NO_ROWS]

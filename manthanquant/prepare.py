@@ -109,13 +109,10 @@ def _kernel(report: PrepareReport, args: argparse.Namespace, engine_flags: Seque
     wanted = _settings(args)
     if wanted.native:
         return report
-    from manthanquant import kernel_report, selfcheck
+    from manthanquant import kernel_report
 
     shape = capacity.model_shape(capacity.read_config(str(report.model_path)))
-    try:
-        kernel = kernel_report.obtain(wanted, sorted({layer.head_size for layer in shape.layers}))
-    except selfcheck.KernelMismatch as error:
-        raise PrepareFailed("KernelMismatch", f"{error}: set MANTHANQUANT_BACKEND=torch and report it") from error
+    kernel = kernel_report.obtain(wanted, sorted({layer.head_size for layer in shape.layers}))
     log.info("kernels %s (%s)", kernel.arch, kernel.source or kernel.message)
     return dataclasses.replace(report, kernel=kernel)
 

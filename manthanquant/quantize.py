@@ -38,7 +38,9 @@ class Coded:
 @cache
 def _tables(bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
     book = codebook(bits)
-    return torch.tensor(book.levels, device=device), torch.tensor(book.boundaries, device=device)
+    # The dtype is named because an engine that loads a model sets the default to the model's own.
+    levels, boundaries = (torch.tensor(x, dtype=torch.float32, device=device) for x in (book.levels, book.boundaries))
+    return levels, boundaries
 
 
 def scales_to_bytes(scales: Tensor) -> Tensor:

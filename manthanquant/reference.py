@@ -125,7 +125,7 @@ def attention(
     group = heads // kv_heads
     per_page = page_tokens // UNIT_TOKENS
     turned = transform.key.apply_to_query(query)
-    out = torch.zeros(tokens, heads, head_size, device=query.device)
+    out = torch.zeros(tokens, heads, head_size, dtype=torch.float32, device=query.device)
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     for row, length in enumerate(lengths):
         first, last = starts[row], starts[row + 1]

@@ -36,7 +36,7 @@ def check(kernels: Any, fmt: Format, head_size: int, device: torch.device | str 
     generator = torch.Generator().manual_seed(7)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device)
+        return torch.randn(*shape, generator=generator, dtype=torch.float32).to(device)
 
     tokens = sum(_LENGTHS)
     pages_each = [-(-length // _PAGE_TOKENS) for length in _LENGTHS]

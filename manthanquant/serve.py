@@ -97,10 +97,12 @@ def _prepared(model: Path, wanted: settings.Settings, flags: Sequence[str]) -> s
     """Kernels built and calibration found or made, before the weights load."""
     if wanted.native:
         return wanted
-    from manthanquant import calibration_cache
+    from manthanquant import calibration_cache, kernel_report
 
     shape = capacity.model_shape(capacity.read_config(model))
     positions = calibration_cache.positions(engine_flags.number(flags, "--max-model-len"), shape)
+    kernel = kernel_report.obtain(wanted, sorted({layer.head_size for layer in shape.layers}))
+    log.info("kernels: %s (%s)", kernel.arch, kernel.source or kernel.message)
     path, report = calibration_cache.obtain(model, wanted, positions)
     log.info("key transform: %s (%s)%s", report.transform, report.source, f", {path}" if path else "")
     os.environ[settings.ENV_CALIBRATION_REPORT] = settings.report_to_env(report)

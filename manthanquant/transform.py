@@ -139,7 +139,7 @@ class LayerTransform:
 
 
 def identity(head_size: int) -> SideTransform:
-    eye = torch.eye(head_size)[None]
+    eye = torch.eye(head_size, dtype=torch.float32)[None]
     return SideTransform("none", eye, eye)
 
 

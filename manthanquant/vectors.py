@@ -103,9 +103,9 @@ def encode_seed_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     Every step is one IEEE fp32 operation and `_square` fixes the order of the sum, so a kernel can match all bits.
     """
     x, fmt = x.float(), formats.SEED3
-    boundaries = torch.tensor(midpoints(lloyd_max(fmt.bits)), device=x.device)
+    boundaries = torch.tensor(midpoints(lloyd_max(fmt.bits)), dtype=torch.float32, device=x.device)
     radius = _square(x).double().sqrt().float()  # some CPU libraries' fp32 root is not IEEE's
-    unit = x * (torch.tensor(math.sqrt(x.shape[1]), device=x.device) / radius.clamp_min(1e-30))
+    unit = x * (torch.tensor(math.sqrt(x.shape[1]), dtype=torch.float32, device=x.device) / radius.clamp_min(1e-30))
     codes = torch.bucketize(unit.contiguous(), boundaries).to(torch.uint8)
     return pack_bitstream(codes, fmt.bits), radius.view(torch.uint8).view(x.shape[0], fmt.radius_bytes)
 
@@ -126,6 +126,6 @@ def _square(x: Tensor) -> Tensor:
 def decode_seed_reference(codes: Tensor, radius: Tensor, head_size: int) -> Tensor:
     """What `encode_seed_reference` coded, fp32 `[N, D]`."""
     bits = formats.SEED3.bits
-    levels = torch.tensor(lloyd_max(bits), device=codes.device)
+    levels = torch.tensor(lloyd_max(bits), dtype=torch.float32, device=codes.device)
     index = unpack_bitstream(codes, bits, head_size).long()
     return levels[index] * (radius.contiguous().view(torch.float32) * head_size**-0.5)
