@@ -47,8 +47,9 @@ def build(target: str, report: Report) -> str:
         digest = identity.read().strip().removeprefix("sha256:")
     reference = f"{repository}:{digest[:12]}"
     _buildah("tag", digest, reference)
-    tags = _buildah("images", "--format", "{{.Name}}:{{.Tag}}", repository).stdout.split()
-    if older := [tag for tag in tags if tag not in (reference, f"{repository}:latest")]:
+    names = _buildah("images", "--format", "{{.Name}}:{{.Tag}}").stdout.split()
+    kept = (reference, f"{repository}:latest")
+    if older := [name for name in names if name.startswith(f"{repository}:") and name not in kept]:
         _buildah("rmi", *older, check=False)  # one that is in use stays
     cached = sum(line.startswith("--> Using cache") for line in done.stdout.splitlines())
     size = _buildah("images", "--format", "{{.Size}}", reference).stdout.split("\n")[0]
