@@ -17,7 +17,11 @@ from manthanquant.bench.result import Result
 
 HELP = "time the kernels beside those of others"
 # Each has `run(peers) -> Iterator[Result]`.
-SUITES = {"store": "manthanquant.bench.store", "vectors": "manthanquant.bench.vectors"}
+SUITES = {
+    "store": "manthanquant.bench.store",
+    "vectors": "manthanquant.bench.vectors",
+    "decode": "manthanquant.bench.decode",
+}
 CPU_SUITE = "cpu"  # needs no GPU, and prints a table of its own
 PEER_PACKAGES = ("vllm",)
 

@@ -46,7 +46,11 @@ inline int __reduce_max_sync(unsigned, int value) {
     return collective(value, [] { return *std::max_element(exchange, exchange + 32); });
 }
 inline unsigned __ballot_sync(unsigned, bool value) {
-    return collective(value, [] { unsigned bits = 0; for (int i = 0; i < 32; ++i) bits |= exchange[i] << i; return bits; });
+    return collective(value, [] {
+        unsigned bits = 0;
+        for (int lane = 0; lane < 32; ++lane) bits |= exchange[lane] << lane;
+        return bits;
+    });
 }
 inline int __ffs(unsigned x) { return __builtin_ffs(x); }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint64_t>(a) * b >> 32; }
@@ -78,14 +82,16 @@ void print_plan(const mq::DecodeParams& params, int teams, int team_warps) {
     }
 }
 
-// requests' lengths on stdin; arguments: exact, KV heads, row tiles, teams, team warps, window, sink units, recent tokens
+// Requests' lengths on stdin; arguments: exact, KV heads, row tiles, teams, team warps, window, sink units, recent
+// tokens.
 int main(int, char** argv) {
     std::vector<int> lengths;
     for (int x; std::scanf("%d", &x) == 1;) lengths.push_back(x);
     mq::DecodeParams params{};
     params.seq_lens = lengths.data(), params.requests = lengths.size(), params.query_tokens = 1;
     params.kv_heads = std::atoi(argv[2]), params.row_tiles = std::atoi(argv[3]);
-    params.window = std::atoi(argv[6]), params.sink_units = std::atoi(argv[7]), params.recent_tokens = std::atoi(argv[8]);
+    params.window = std::atoi(argv[6]), params.sink_units = std::atoi(argv[7]);
+    params.recent_tokens = std::atoi(argv[8]);
     std::vector<std::thread> lanes;
     for (int lane = 0; lane < 32; ++lane)
         lanes.emplace_back([&, lane] {
