@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from manthanquant.bench.inputs import random_transform
 from manthanquant.bench.result import OURS, Result
 from manthanquant.bench.timing import Call, milliseconds
 from manthanquant.cuda.decode import DecodeAttention, decode_transform
@@ -17,13 +18,6 @@ from manthanquant.formats import K3V3, K42V3, K42V42, SIDES, UNIT_TOKENS, Format
 from manthanquant.packing import pages_as_units
 from manthanquant.quantize import scales_to_bytes
 from manthanquant.reference import HotPool
-from manthanquant.transform import (
-    LayerTransform,
-    default_transform,
-    dense_transform,
-    gain_transform,
-    hadamard_transform,
-)
 
 HEADS, KV_HEADS, HEAD_SIZE = 32, 8, 128
 PAGE_TOKENS, SMALL_PAGE_TOKENS, PEER_PAGE_TOKENS = 64, 16, 16
@@ -72,7 +66,7 @@ def _ours(fmt: Format, kind: str, shape: tuple[int, int, int], page_tokens: int,
     tables = _tables(shape, page_tokens)
     cache = _random_cache(fmt, tables.numel(), page_tokens)
     hot, exact_bytes = _hot_pool(tables, length, page_tokens, recent_tokens) if recent_tokens else (None, 0)
-    transform = decode_transform(_transform(kind, fmt), fmt, HEAD_SIZE, device)
+    transform = decode_transform(random_transform(kind, fmt, KV_HEADS, HEAD_SIZE), fmt, HEAD_SIZE, device)
     attention = DecodeAttention(
         fmt, HEAD_SIZE, HEADS, KV_HEADS, max_requests=requests, exact=recent_tokens > 0, device=device
     )
@@ -127,19 +121,6 @@ def _hot_pool(tables: Tensor, length: int, page_tokens: int, recent_tokens: int)
     key, value = (torch.randn(len(physical), KV_HEADS, UNIT_TOKENS, HEAD_SIZE, device="cuda").bfloat16() for _ in SIDES)
     requests = tables.shape[1]
     return HotPool(key, value, slot), 2 * key[0].nbytes * len(logical) * requests
-
-
-def _transform(kind: str, fmt: Format) -> LayerTransform:
-    """Random transforms. `gain` is for keys, beside Hadamard values, as calibration makes it; `dense` for both."""
-    if kind == "hadamard":
-        return default_transform(fmt, HEAD_SIZE)
-    mean = torch.randn(KV_HEADS, HEAD_SIZE)
-    if kind == "gain":
-        order = torch.stack([torch.randperm(HEAD_SIZE) for _ in range(KV_HEADS)])
-        key = gain_transform(fmt, "key", order, torch.rand(KV_HEADS, HEAD_SIZE) + 0.5, mean)
-        return LayerTransform(key, hadamard_transform(fmt, "value", HEAD_SIZE))
-    matrix = 0.3 * torch.randn(2, KV_HEADS, HEAD_SIZE, HEAD_SIZE) / math.sqrt(HEAD_SIZE) + torch.eye(HEAD_SIZE)
-    return LayerTransform(dense_transform(fmt, "key", matrix[0], mean), dense_transform(fmt, "value", matrix[1]))
 
 
 def _flash_attention(name: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> Result:

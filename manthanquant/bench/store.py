@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from manthanquant.bench.inputs import random_transform
 from manthanquant.bench.result import OURS, Result
 from manthanquant.bench.timing import milliseconds
 from manthanquant.cuda import store as gpu
 from manthanquant.formats import K3V3, K42V3, SIDES, Format
-from manthanquant.transform import (
-    LayerTransform,
-    default_transform,
-    dense_transform,
-    gain_transform,
-    hadamard_transform,
-)
 
 PAGE_TOKENS, KV_HEADS, HEAD_SIZE = 64, 8, 128
 CHUNK, STEP = 8192, 32
@@ -45,7 +38,9 @@ def _case(tokens: int) -> str:
 
 def _ours(fmt: Format, kind: str, tokens: int) -> Result:
     device = torch.device("cuda")
-    transform = gpu.prepare(_transform(kind, fmt).to(device), fmt, HEAD_SIZE, torch.bfloat16, device)
+    transform = gpu.prepare(
+        random_transform(kind, fmt, KV_HEADS, HEAD_SIZE).to(device), fmt, HEAD_SIZE, torch.bfloat16, device
+    )
     pages = tokens // PAGE_TOKENS if tokens == CHUNK else tokens
     calls = []
     for _ in range(SETS):
@@ -63,19 +58,6 @@ def _ours(fmt: Format, kind: str, tokens: int) -> Result:
 
 def _vectors(tokens: int) -> Tensor:
     return torch.randn(tokens, KV_HEADS, HEAD_SIZE, device="cuda").bfloat16()
-
-
-def _transform(kind: str, fmt: Format) -> LayerTransform:
-    """Random transforms. `gain` is for keys, beside Hadamard values, as calibration makes it; `dense` for both."""
-    if kind == "hadamard":
-        return default_transform(fmt, HEAD_SIZE)
-    mean = torch.randn(KV_HEADS, HEAD_SIZE)
-    if kind == "gain":
-        order = torch.stack([torch.randperm(HEAD_SIZE) for _ in range(KV_HEADS)])
-        key = gain_transform(fmt, "key", order, torch.rand(KV_HEADS, HEAD_SIZE) + 0.5, mean)
-        return LayerTransform(key, hadamard_transform(fmt, "value", HEAD_SIZE))
-    matrix = torch.randn(2, KV_HEADS, HEAD_SIZE, HEAD_SIZE) / math.sqrt(HEAD_SIZE) + torch.eye(HEAD_SIZE)
-    return LayerTransform(dense_transform(fmt, "key", matrix[0], mean), dense_transform(fmt, "value", matrix[1]))
 
 
 def _turboquant(bits: int, key_bytes: int, value_bytes: int) -> Result:
