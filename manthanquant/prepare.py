@@ -112,6 +112,8 @@ def _kernel(report: PrepareReport, args: argparse.Namespace, engine_flags: Seque
     from manthanquant import kernel_report
 
     shape = capacity.model_shape(capacity.read_config(str(report.model_path)))
+    if wanted.cache_dir:  # the builder reads the environment only
+        os.environ[contract.ENV_CACHE_DIR] = wanted.cache_dir
     kernel = kernel_report.obtain(wanted, sorted({layer.head_size for layer in shape.layers}))
     log.info("kernels %s (%s)", kernel.arch, kernel.source or kernel.message)
     return dataclasses.replace(report, kernel=kernel)
