@@ -21,7 +21,7 @@ class Images(_Section):
     """Server images by accelerator, and how they are pulled."""
 
     cpu: str = "ghcr.io/manthanquant/server-cpu:latest"
-    nvidia: str = "ghcr.io/manthanquant/server-cuda:latest"
+    nvidia: str = "ghcr.io/manthanquant/server-gpu:latest"
     pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
     pull_secrets: tuple[str, ...] = ()
 

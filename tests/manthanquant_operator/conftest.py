@@ -14,7 +14,7 @@ MakeModel = Callable[..., QuantizedModel]
 
 @pytest.fixture
 def settings() -> Settings:
-    images = Images(cpu="registry/server-cpu:1", nvidia="registry/server-cuda:1", pull_secrets=("registry",))
+    images = Images(cpu="registry/server-cpu:1", nvidia="registry/server-gpu:1", pull_secrets=("registry",))
     return Settings(images=images, allowed_host_paths=("/srv/models",), operator_namespace="manthanquant-system")
 
 

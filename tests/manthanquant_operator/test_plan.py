@@ -29,8 +29,8 @@ def test_the_image_follows_the_accelerator(make_model: Any, settings: Settings) 
     }
     assert images == {
         "cpu": "registry/server-cpu:1",
-        "nvidia.com/gpu": "registry/server-cuda:1",
-        "nvidia.com/mig-1g.10gb": "registry/server-cuda:1",
+        "nvidia.com/gpu": "registry/server-gpu:1",
+        "nvidia.com/mig-1g.10gb": "registry/server-gpu:1",
     }
 
 
