@@ -46,6 +46,16 @@ def control_plane() -> Iterator[Cluster]:
         lifecycle.down(name)
 
 
+@pytest.fixture
+def own_plane() -> Iterator[Cluster]:
+    """A control plane for one test alone: with no CustomResourceDefinition of ours yet, and no operator."""
+    name = "test-own"
+    try:
+        yield lifecycle.up(name, port=0, nodes=False)
+    finally:
+        lifecycle.down(name)
+
+
 @pytest.fixture(scope="session")
 def kubeconfig(control_plane: Cluster) -> Path:
     """Path of a cluster-admin kubeconfig for `control_plane`."""

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import yaml
-from localcluster import lifecycle
 from localcluster.lifecycle import Cluster
 from manthanquant_operator import settings
 from manthanquant_operator.children import KINDS
@@ -132,16 +130,6 @@ def test_bad_values_are_refused(value: str, words: str) -> None:
 
 def test_lint_has_nothing_to_say() -> None:
     assert "0 chart(s) failed" in helm("lint", "--strict", str(CHART), "--kube-version", "v1.37.2")
-
-
-@pytest.fixture
-def own_plane() -> Iterator[Cluster]:
-    """A control plane without a CustomResourceDefinition of ours yet."""
-    name = "test-helm"
-    try:
-        yield lifecycle.up(name, port=0, nodes=False)
-    finally:
-        lifecycle.down(name)
 
 
 def test_install_upgrade_uninstall(own_plane: Cluster) -> None:

@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from localcluster import lifecycle
 from localcluster.lifecycle import Cluster
 from support.operator_process import VALUES, OperatorProcess
 from support.quantizedmodels import Models, eventually
 
 pytestmark = pytest.mark.cluster
 SPEC = {"model": {"uri": "hf://a/b"}, "resources": {"accelerator": "cpu"}}
-
-
-@pytest.fixture
-def own_plane() -> Iterator[Cluster]:
-    """A control plane without the cluster-wide operator of the other tests."""
-    name = "test-namespaced"
-    try:
-        yield lifecycle.up(name, port=0, nodes=False)
-    finally:
-        lifecycle.down(name)
 
 
 def test_only_the_named_namespace_is_served(own_plane: Cluster, tmp_path: Path) -> None:
