@@ -1,8 +1,7 @@
 """Store and attention by the best means that there is for a device, format and head size.
 
-`kernels` chooses once a process and says what it chose and why (`report`); `store` and `attention` are its methods,
-looked up on each call. A kernel that cannot be built or that disagrees with the reference is said in one warning, and
-the PyTorch path serves.
+`kernels` chooses once a process and says what it chose and why (`report`). A kernel that cannot be built or that
+disagrees with the reference is said in one warning, and the PyTorch path serves.
 """
 
 from __future__ import annotations
@@ -29,7 +28,12 @@ BACKENDS = ("auto", "torch")
 
 
 class Kernels(Protocol):
-    """Both operations for one format and head size. Shapes and meaning are those of `reference`."""
+    """Both operations for one format and head size. Shapes and meaning are those of `reference`.
+
+    `attention` writes into `out` (any float dtype) if it is given. `chunk`: the new tokens' own keys and values
+    `[T, KV heads, D]`, read in place of what the cache holds of them: a prefill's queries mostly read the prefill
+    itself, which is at hand and exact. `sink_tokens` and `recent_tokens` then count the tokens before it.
+    """
 
     report: KernelReport
 
@@ -166,60 +170,3 @@ def _choose(fmt: Format, head_size: int, device_type: str) -> Kernels:
 def _fall_back(fmt: Format, reason: str) -> Kernels:
     log.warning("the PyTorch path serves format %s, many times slower than a kernel: %s", fmt.name, reason)
     return ReferenceKernels(fmt, reason)
-
-
-def store(
-    key: Tensor,
-    value: Tensor,
-    cache: Tensor,
-    slot_mapping: Tensor,
-    fmt: Format,
-    transform: LayerTransform,
-    hot: HotPool | None = None,
-    hot_slots: Tensor | None = None,
-) -> int:
-    """`reference.store` by the best kernels for the cache's device."""
-    found = kernels(fmt, key.shape[-1], cache.device.type)
-    return found.store(key, value, cache, slot_mapping, transform, hot, hot_slots)
-
-
-def attention(
-    query: Tensor,
-    cache: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    query_start_loc: Tensor,
-    fmt: Format,
-    transform: LayerTransform,
-    scale: float,
-    *,
-    window: int | None = None,
-    soft_cap: float | None = None,
-    sink_tokens: int = 0,
-    recent_tokens: int = 0,
-    hot: HotPool | None = None,
-    chunk: tuple[Tensor, Tensor] | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """`reference.attention` by the best kernels for the cache's device, into `out` (any float dtype) if given.
-
-    `chunk`: the new tokens' own keys and values `[T, KV heads, D]`, read in place of what the cache holds of them: a
-    prefill's queries mostly read the prefill itself, which is at hand and exact. `sink_tokens` and `recent_tokens` then
-    count the tokens before it.
-    """
-    return kernels(fmt, query.shape[-1], cache.device.type).attention(
-        query,
-        cache,
-        block_table,
-        seq_lens,
-        query_start_loc,
-        transform,
-        scale,
-        window=window,
-        soft_cap=soft_cap,
-        sink_tokens=sink_tokens,
-        recent_tokens=recent_tokens,
-        hot=hot,
-        chunk=chunk,
-        out=out,
-    )

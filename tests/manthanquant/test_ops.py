@@ -36,11 +36,12 @@ def step(head_size=64):
     cache = torch.zeros(case.pages, 2, 16, K42V3.token_bytes(head_size), dtype=torch.uint8)
     key = torch.randn(20, 2, head_size)
     transform = default_transform(K42V3, head_size)
-    assert ops.store(key, key, cache, case.slots(), K42V3, transform) == 0
+    kernels = ops.kernels(K42V3, head_size)
+    assert kernels.store(key, key, cache, case.slots(), transform) == 0
     query = torch.randn(2, 4, head_size)
     out = torch.empty(2, 4, head_size, dtype=torch.bfloat16)
     metadata = (case.block_table, case.seq_lens, case.query_start_loc)
-    got = ops.attention(query, cache, *metadata, K42V3, transform, 0.125, out=out)
+    got = kernels.attention(query, cache, *metadata, transform, 0.125, out=out)
     assert got is out
     return cache, got
 
