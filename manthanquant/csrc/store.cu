@@ -31,8 +31,8 @@
 #include "codebook.h"
 #include "layout.h"
 #include "ptx.cuh"
+#include "rotation.cuh"
 #include "store.h"
-#include "store_mma.cuh"
 #include "store_pack.cuh"
 #include "store_quantize.cuh"
 
@@ -53,9 +53,6 @@ constexpr int kWarpsPerProcessor = kHeadSize > 128 ? 8 : 16;  // what registers 
 constexpr int kWarpBytes = kBlocks * 2 * kLanes * sizeof(float4);  // Y of a warp
 constexpr int kMatrixBytes = kHeadSize * kHeadSize * 2;
 
-constexpr uint32_t kSignBits = 0x80008000u;
-constexpr uint32_t kOnePair = std::is_same_v<Element, __half> ? 0x3c003c00u : 0x3f803f80u;  // {1, 1}
-
 // The channel, in a block of 16, of column n (0..7) of the block's n tile 0 or 1. Keys: the lane that holds columns
 // 2 c and 2 c + 1 of both tiles gets channels 4 c to 4 c + 3. Values: as they come.
 template <bool kIsKey>
@@ -66,8 +63,7 @@ __device__ constexpr int output_channel(int tile, int column) {
 // X's k tile is dealt so that lane c loads channels 4 c to 4 c + 3 of the block at once: k = 2 c + e + 8 h is channel
 // 4 c + 2 h + e.
 
-// T = H diag(signs): the signs flip X, and H is block diagonal with Sylvester-Hadamard blocks of +-1, so
-// H[m][k] = (-1)^popcount(m & k) within a block. Four fragments and their negatives are all there is.
+// T = H diag(signs): the signs flip X. Four fragments and their negatives are all there is (rotation.cuh).
 template <class Side, bool kIsKey>
 struct RotationOperand {
     uint32_t fragments[2][2];  // [n tile of a pair][register]
@@ -79,10 +75,7 @@ struct RotationOperand {
         for (int tile = 0; tile < 2; ++tile) {
             const int out = output_channel<kIsKey>(tile, g);
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const int in = 4 * c + 2 * h;
-                fragments[tile][h] = kOnePair | (__popc(in & out) & 1) << 15 | (__popc((in + 1) & out) & 1) << 31;
-            }
+            for (int h = 0; h < 2; ++h) fragments[tile][h] = rotation_pair<Element>(4 * c + 2 * h, out);
         }
         signs = static_cast<const uint2*>(side.operand) + c;
     }
@@ -96,27 +89,12 @@ struct RotationOperand {
             const uint32_t a[4] = {x[in][0] ^ flip.x, x[in][1] ^ flip.x, x[in][2] ^ flip.y, x[in][3] ^ flip.y};
 #pragma unroll
             for (int out = 0; out < kCount; ++out) {
-                if (!same_rotation(in, kFirst + out)) continue;
-                const uint32_t negate = odd_overlap(in, kFirst + out) ? kSignBits : 0u;
+                if (!Rotation<Side>::mixes(in, kFirst + out)) continue;
+                const uint32_t negate = Rotation<Side>::negates(in, kFirst + out) ? kSignBits : 0u;
                 mma_16bit<Element>(y[2 * out], a, fragments[0][0] ^ negate, fragments[0][1] ^ negate);
                 mma_16bit<Element>(y[2 * out + 1], a, fragments[1][0] ^ negate, fragments[1][1] ^ negate);
             }
         }
-    }
-
-private:
-    // Blocks of 16 channels of one Hadamard matrix: the largest power of two that divides the class.
-    static constexpr int order_blocks(int cls) { return (Side::channels(cls) & -Side::channels(cls)) / 16; }
-    static constexpr int class_of(int block) { return 16 * block < Side::channels(0) ? 0 : 1; }
-    static constexpr int place(int block) { return block - Side::first_channel(class_of(block)) / 16; }
-    static constexpr bool same_rotation(int in, int out) {
-        const int cls = class_of(in);
-        return cls == class_of(out) && place(in) / order_blocks(cls) == place(out) / order_blocks(cls);
-    }
-    static constexpr bool odd_overlap(int in, int out) {
-        int both = place(in) & place(out) & (order_blocks(class_of(in)) - 1), odd = 0;
-        for (; both; both &= both - 1) odd ^= 1;
-        return odd;
     }
 };
 

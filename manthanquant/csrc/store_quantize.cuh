@@ -13,7 +13,6 @@
 #include "codebook.h"
 #include "layout.h"
 #include "ptx.cuh"
-#include "store_mma.cuh"
 
 namespace mq {
 

@@ -77,7 +77,7 @@ def cuda_extensions(fmt: Format, head_size: int, dtype: str) -> tuple[Extension,
 
 def _cuda_extension(name: str, stem: str, *flags: str) -> Extension:
     """`stem.cu` with its binding `stem_bindings.cpp`; all headers of `stem` and the shared ones go into the key."""
-    shared = (CSRC / "layout.h", CSRC / "bindings.h", *sorted(CSRC.glob("ptx*.cuh")))
+    shared = tuple(CSRC / name for name in ("layout.h", "bindings.h", "ptx.cuh", "rotation.cuh"))
     return Extension(
         name,
         sources=(CSRC / f"{stem}.cu", CSRC / f"{stem}_bindings.cpp"),
