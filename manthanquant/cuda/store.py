@@ -15,15 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from manthanquant.cuda.module import module_for, stream_of
-from manthanquant.formats import LANES, SIDES, UNIT_TOKENS, Format, Side, get_paged
+from manthanquant.cuda.fragments import BLOCK, b_fragments
+from manthanquant.cuda.module import address, module_for, stream_of, traceable
+from manthanquant.formats import SIDES, UNIT_TOKENS, Format, Side, get_paged
 from manthanquant.jit.kernels import store_extension
 from manthanquant.packing import pages_as_units
 from manthanquant.reference import HotPool
 from manthanquant.transform import LayerTransform, SideTransform, hadamard_block, signs
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_BLOCK = 16  # channels of a matrix instruction's k
 _PARKED_BYTES = 64  # shared memory of one warp for each channel: 16 rows in fp32
 
 
@@ -110,8 +110,7 @@ def store(
     Raises:
         ValueError: an argument does not fit the others; the text names it.
     """
-    launch = _traced if torch.compiler.is_compiling() else _launch
-    launch(
+    _store(
         key,
         value,
         cache,
@@ -172,11 +171,11 @@ def _launch(
             _side_arguments(key, key_operand, is_matrix[0], key_minus_mean, output_scale[:2], hot_key),
             _side_arguments(value, value_operand, is_matrix[1], None, output_scale[2:], hot_value),
             slot_mapping.data_ptr(),
-            _address(hot_slots),
+            address(hot_slots),
             cache.data_ptr(),
             units.stride(0),
             units.stride(1),
-            _address(nonfinite),
+            address(nonfinite),
             tokens,
             kv_heads,
             page_units,
@@ -184,15 +183,7 @@ def _launch(
         )
 
 
-# What `torch.compile` traces: opaque, with its writes declared.
-_traced = torch.library.custom_op(
-    "manthanquant::store", _launch, mutates_args=("cache", "hot_key", "hot_value", "nonfinite"), device_types="cuda"
-)
-
-
-@_traced.register_fake
-def _(*_: object) -> None:
-    return None
+_store = traceable("store", _launch, writes=("cache", "hot_key", "hot_value", "nonfinite"))
 
 
 def _side_arguments(
@@ -206,14 +197,10 @@ def _side_arguments(
         operand.data_ptr(),
         operand.stride(0) * operand.element_size() if per_head else 0,
         is_matrix,
-        _address(minus_mean),
+        address(minus_mean),
         *scale,
-        _address(pool),
+        address(pool),
     )
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _loadable(x: Tensor) -> Tensor:
@@ -239,7 +226,8 @@ def _side_operand(
     if side.kind == "hadamard":
         data = _sign_bits(head_size, name)
     else:
-        data = _fragments(side.forward.double().cpu() / per_channel[:, None], name, dtype)
+        matrix = side.forward.double().cpu() / per_channel[:, None]
+        data = b_fragments(matrix, dtype, grouped_in=True, grouped_out=name == "key")  # as csrc/store.cu deals k and n
     return SideOperand(data.to(device), side.kind != "hadamard", minus_mean, (scale[0], scale[-1]))
 
 
@@ -250,17 +238,4 @@ def _sign_bits(head_size: int, side: Side) -> Tensor:
     return torch.where(bits >= 1 << 31, bits - (1 << 32), bits).int()
 
 
-def _fragments(matrix: Tensor, side: Side, dtype: torch.dtype) -> Tensor:
-    """T `[H, D out, D in]` as B fragments: `[H, D / 16 in, D / 16 out, lane, (n tile, register, element)]`."""
-    size = matrix.shape[-1]
-    lane = torch.arange(LANES).view(-1, 1, 1, 1)
-    tile, half, element = (torch.arange(2).view(shape) for shape in ((-1, 1, 1), (-1, 1), (-1,)))
-    group, column = lane // 4, lane % 4
-    block_in = torch.arange(size // _BLOCK).view(-1, 1, 1, 1, 1, 1) * _BLOCK
-    block_out = torch.arange(size // _BLOCK).view(-1, 1, 1, 1, 1) * _BLOCK
-    channel_in = block_in + 4 * column + 2 * half + element  # as csrc/store.cu deals k
-    within = 4 * (group // 2) + 2 * tile + group % 2 if side == "key" else 8 * tile + group  # ... and n
-    return matrix[:, block_out + within, channel_in].flatten(-3).to(dtype).contiguous()
-
-
-assert UNIT_TOKENS == _BLOCK  # a unit's tokens are the rows of one matrix instruction
+assert UNIT_TOKENS == BLOCK  # a unit's tokens are the rows of one matrix instruction
