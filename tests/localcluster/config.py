@@ -30,7 +30,7 @@ NODE_API_URL = f"https://127.0.0.1:{API_PORT}"
 NODE_DIR = "/run/localcluster"  # the instance's folder, inside the node
 NODE_BIN = "/run/localcluster-bin"  # the cached binaries, inside the node
 PKI = f"{NODE_DIR}/pki"
-AUDIT_LOG = "logs/audit.log"  # in the instance's folder: one JSON object a line for each write
+AUDIT_LOG = "logs/audit.log"  # in the instance's folder: one JSON object a line for each request of `_audit_policy`
 CONTAINERD_SOCKET = "/run/containerd/containerd.sock"
 PAUSE_IMAGE = "localhost/pause:1"
 
@@ -172,12 +172,21 @@ def _cni() -> dict[str, Any]:
 
 
 def _audit_policy() -> dict[str, Any]:
-    """Record who writes what; reads are left out. Tests count an operator's writes by it."""
+    """Record who writes what, and what pods' accounts read; the cluster's own reads are left out.
+
+    By it tests count an operator's writes, and compare what it does with what it may do.
+    """
+    reads = {"verbs": ["get", "list", "watch"]}
     return {
         "apiVersion": "audit.k8s.io/v1",
         "kind": "Policy",
         "omitStages": ["RequestReceived"],
-        "rules": [{"level": "None", "verbs": ["get", "list", "watch"]}, {"level": "Metadata"}],
+        "rules": [
+            {"level": "None", "userGroups": ["system:serviceaccounts:kube-system"], **reads},
+            {"level": "Metadata", "userGroups": ["system:serviceaccounts"]},
+            {"level": "None", **reads},
+            {"level": "Metadata"},
+        ],
     }
 
 

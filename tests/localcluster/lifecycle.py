@@ -46,7 +46,7 @@ class Cluster:
 
     @property
     def audit_log(self) -> Path:
-        """The API server's log of writes, one JSON object a line: `user.username`, `verb`, `objectRef`, ..."""
+        """The API server's log of requests, one JSON object a line: `user.username`, `verb`, `objectRef`, ..."""
         return self.folder / config.AUDIT_LOG
 
     @property

@@ -56,7 +56,7 @@ class OperatorProcess:
     process: subprocess.Popen[bytes] | None = None
     _log_start: int = 0
     _audit_read: int = 0
-    _writes: list[dict[str, Any]] = field(default_factory=list)
+    _requests: list[dict[str, Any]] = field(default_factory=list)
     values: tuple[str, ...] = field(default=VALUES)
 
     def install(self) -> None:
@@ -150,16 +150,24 @@ class OperatorProcess:
                 return int(line.split()[1]) / 1024
         raise AssertionError("no VmRSS")
 
-    def writes(self) -> list[dict[str, Any]]:
-        """Every write request of the operator that the API server logged, without the Lease's renewals."""
+    def requests(self) -> list[dict[str, Any]]:
+        """Every request of the operator that the API server logged, its watches included."""
         with self.cluster.audit_log.open() as log:
             log.seek(self._audit_read)
             while (line := log.readline()).endswith("\n"):
                 self._audit_read = log.tell()
                 event = json.loads(line)
-                if event["user"]["username"] == self.user and event.get("objectRef", {}).get("resource") != "leases":
-                    self._writes.append(event)
-        return list(self._writes)
+                if event["user"]["username"] == self.user:
+                    self._requests.append(event)
+        return list(self._requests)
+
+    def writes(self) -> list[dict[str, Any]]:
+        """The requests that change something, without the Lease's renewals."""
+        return [
+            event
+            for event in self.requests()
+            if event["verb"] not in ("get", "list", "watch") and event["objectRef"]["resource"] != "leases"
+        ]
 
     def settle(self, quiet: float = 3.0, timeout: float = 60.0) -> None:
         """Waits until it has written nothing for a while."""

@@ -6,6 +6,7 @@ reports it. The end-to-end tests run the same paths with a real one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import time
@@ -149,6 +150,28 @@ class PlayedKubelet:
             return True
 
         eventually(written)
+
+    @contextlib.contextmanager
+    def mount_failure(self, pod: dict[str, Any], message: str) -> Iterator[None]:
+        """The pod is on a node, which warns in an event that a volume cannot be mounted."""
+        name, namespace = pod["metadata"]["name"], pod["metadata"]["namespace"]
+        node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": f"stand-in-{namespace}"}}
+        self.cluster.api.create("/api/v1/nodes", node)
+        try:
+            target = {"apiVersion": "v1", "kind": "Node", "name": node["metadata"]["name"]}
+            binding = {"metadata": {"name": name}, "target": target}
+            self.cluster.api.request("POST", f"/api/v1/namespaces/{namespace}/pods/{name}/binding", binding)
+            event = {
+                "metadata": {"generateName": "mount-", "namespace": namespace},
+                "involvedObject": {"kind": "Pod", "namespace": namespace, "name": name, "uid": pod["metadata"]["uid"]},
+                "type": "Warning",
+                "reason": "FailedMount",
+                "message": message,
+            }
+            self.cluster.api.request("POST", f"/api/v1/namespaces/{namespace}/events", event)
+            yield
+        finally:
+            self.cluster.api.delete(f"/api/v1/nodes/{node['metadata']['name']}")
 
     def container(self, name: str, state: dict[str, Any], **more: Any) -> dict[str, Any]:
         return {

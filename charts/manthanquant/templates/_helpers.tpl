@@ -39,7 +39,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{ $image.repository }}:{{ $image.tag | default $root.Chart.AppVersion }}
 {{- end }}
 
-{{- /* What the operator may do with models and what they own. A test compares it with the requests in its code. */ -}}
+{{- /* What the operator may do with models and what they own. A test compares it with what the API server saw it do. */ -}}
 {{- define "manthanquant.rules" -}}
 - apiGroups: [manthanquant.io]
   resources: [quantizedmodels]

@@ -130,27 +130,10 @@ def test_a_claim_without_a_storage_class(models: Models) -> None:
 
 def test_a_volume_that_cannot_be_mounted_is_only_in_the_pods_events(models: Models, kubelet: PlayedKubelet) -> None:
     """A pod that is bound to a node, waits, and says nothing in its status: its newest warning is read."""
-    node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": f"stand-in-{models.namespace}"}}
-    models.cluster.api.create("/api/v1/nodes", node)
-    try:
-        models.create("m", {**CPU, "model": {"uri": "file:///srv/models/absent"}})
-        (pod,) = models.pods("m")
-        name, uid = pod["metadata"]["name"], pod["metadata"]["uid"]
-        target = {"apiVersion": "v1", "kind": "Node", "name": node["metadata"]["name"]}
-        binding = {"metadata": {"name": name}, "target": target}
-        models.cluster.api.request("POST", f"/api/v1/namespaces/{models.namespace}/pods/{name}/binding", binding)
-        about = {"kind": "Pod", "namespace": models.namespace, "name": name, "uid": uid}
-        event = {
-            "metadata": {"generateName": "mount-", "namespace": models.namespace},
-            "involvedObject": about,
-            "type": "Warning",
-            "reason": "FailedMount",
-            "message": "hostPath type check failed: /srv/models/absent is not a directory",
-        }
-        models.cluster.api.request("POST", f"/api/v1/namespaces/{models.namespace}/events", event)
+    models.create("m", {**CPU, "model": {"uri": "file:///srv/models/absent"}})
+    (pod,) = models.pods("m")
+    with kubelet.mount_failure(pod, "hostPath type check failed: /srv/models/absent is not a directory"):
         models.wait("m", "Ready", SECONDS, status="False", reason="FailedMount", message="/srv/models/absent is not a")
-    finally:
-        models.cluster.api.delete(f"/api/v1/nodes/{node['metadata']['name']}")
 
 
 def test_a_server_whose_statistics_cannot_be_read_still_serves(models: Models, kubelet: PlayedKubelet) -> None:
