@@ -14,9 +14,11 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +97,31 @@ class KernelCache:
             os.rename(fresh, entry)
             _sync(entry.parent)
         return entry / module.name
+
+    def prune(self, package: str, older_than: float) -> list[Path]:
+        """Remove the entries that another version than `package` made, at least `older_than` seconds ago.
+
+        Returns them. A process that has one loaded keeps it, and one that looks for it later builds it anew. The lock
+        files, which are empty, stay: somebody may hold one. Raises `OSError`.
+        """
+        latest = time.time() - older_than
+        pruned = []
+        for key_file in sorted(self.root.glob(f"*/*/{KEY_FILE}")):
+            entry = key_file.parent
+            if _package(key_file) == package or entry.stat().st_mtime > latest:
+                continue
+            with tempfile.TemporaryDirectory(prefix=f".{entry.name}-", dir=entry.parent) as scratch:
+                os.rename(entry, Path(scratch, "pruned"))  # at once, so that nobody finds half of it
+            pruned.append(entry)
+        return pruned
+
+
+def _package(key_file: Path) -> str | None:
+    """The package version that a key names; None for a key that cannot be read, which no version can use."""
+    try:
+        return str(json.loads(key_file.read_text())["package"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _stamp(module: Path) -> Path:

@@ -9,14 +9,16 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import manthanquant
 from manthanquant.formats import DEFAULT_FORMAT, PAGED_FORMATS, SUPPORTED_HEAD_SIZES, FormatError, get_paged
 from manthanquant.jit.arch import ARCHES, Arch, detect_cpu, is_cuda, named
-from manthanquant.jit.build import obtain, ship
+from manthanquant.jit.build import default_cache_dir, obtain, ship
+from manthanquant.jit.cache import KernelCache
 from manthanquant.jit.errors import JitError
 from manthanquant.jit.kernels import DTYPES, cpu_extension, cuda_extensions, vectors_extension
 from manthanquant.jit.spec import Extension
 
-HELP = "compile the kernels for this machine, or for others"
+PRUNE_DAYS = 30  # long enough for a rollback, or for replicas of two versions on one volume
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,12 +27,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", action="append", help=f"repeatable; default: {DEFAULT_FORMAT}. One of {formats}")
     parser.add_argument("--head-size", action="append", type=int, help=f"repeatable; default: {SUPPORTED_HEAD_SIZES}")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help=f"GPUs only; repeatable; default: {DTYPES[0]}")
+    parser.add_argument(
+        "--prune", action="store_true", help="build nothing; remove what other versions left in the cache"
+    )
+    parser.add_argument("--older-than", type=float, default=PRUNE_DAYS, metavar="DAYS", help=f"default: {PRUNE_DAYS}")
     parser.add_argument("--output", type=Path, help="write a read-only set for an image here instead of the cache")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one line a kernel; the exit status is 1 where one could not be built."""
+    """Print one line a kernel; the exit status is 1 where one could not be built, or removed."""
     try:
+        if args.prune:
+            cache = KernelCache(default_cache_dir())
+            for entry in cache.prune(manthanquant.__version__, args.older_than * 86400):
+                print(f"removed {entry}")
+            return 0
         for arch in [named(name) for name in args.arch] if args.arch else [detect_cpu()]:
             with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
                 extensions = list(_extensions(arch, args))

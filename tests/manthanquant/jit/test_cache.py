@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+import manthanquant
+from manthanquant import cli
+from manthanquant.contract import ENV_CACHE_DIR
 from manthanquant.jit import Arch, BuildResult, Extension, JitError, obtain
 from manthanquant.jit.build import ship
 from manthanquant.jit.cache import KernelCache
@@ -219,6 +222,55 @@ def test_a_broken_entry_is_reported_once_and_repaired(
     assert str(path.parent) in line and "building it anew" in line and "\n" not in line
     assert result.message == line
     assert get(extension, toolchain, tmp_path / "cache").source == "Cached"
+
+
+DAY = 86400
+
+
+def _aged(entry: Path, days: float) -> Path:
+    then = time.time() - days * DAY
+    os.utime(entry, (then, then))
+    return entry
+
+
+def test_pruning_removes_what_other_versions_left_long_ago(
+    extension: Extension, toolchain: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    ours = _aged(get(extension, toolchain, cache).path.parent, 90)
+    with monkeypatch.context() as patch:
+        patch.setattr("manthanquant.__version__", "0.0.1")
+        old = _aged(get(extension, toolchain, cache).path.parent, 31)
+        patch.setattr("manthanquant.__version__", "0.0.2")
+        recent = _aged(get(extension, toolchain, cache).path.parent, 29)
+    broken = _aged(_with_unreadable_key(cache), 31)
+    assert KernelCache(cache).prune(manthanquant.__version__, 30 * DAY) == sorted([old, broken])
+    assert ours.exists() and recent.exists() and not old.exists() and not broken.exists()
+    assert not list(cache.glob("*/.*"))
+    assert get(extension, toolchain, cache).source == "Cached"
+
+
+def _with_unreadable_key(cache: Path) -> Path:
+    entry = cache / "cpu-test" / "kernel-0123"
+    entry.mkdir()
+    (entry / "key.json").write_text("[]")
+    return entry
+
+
+def test_the_command_prunes_and_says_what(
+    extension: Extension,
+    toolchain: Recorder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(ENV_CACHE_DIR, str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr("manthanquant.__version__", "0.0.1")
+        entry = _aged(get(extension, toolchain, tmp_path / "kernels").path.parent, 3)
+    assert cli.main(["build", "--prune"]) == 0 and entry.exists()
+    assert cli.main(["build", "--prune", "--older-than=2"]) == 0 and not entry.exists()
+    assert capsys.readouterr().out == f"removed {entry}\n"
 
 
 @pytest.mark.skipif(not ROOT, reason="only root can give files away")
