@@ -50,12 +50,16 @@ class ModelShape:
     def bytes_per_token_uncompressed(self) -> int:
         return sum(2 * layer.kv_heads * layer.head_size * self.element_bytes for layer in self.layers)
 
-    def hot_pool_bytes(self, settings: Settings, max_requests: int) -> int:
-        """Bytes of the exact tier when `max_requests` requests may run at once."""
-        slots = hot_slots(settings, max_requests)
+    def hot_pool_bytes(self, settings: Settings, max_requests: int, page_bytes: int | None) -> int:
+        """Bytes of the exact tier when `max_requests` requests may run at once beside `page_bytes` of pages."""
         held = (layer for layer in self.layers if layer.index not in settings.skip_layers)
-        per_slot = sum(formats.UNIT_TOKENS * layer.kv_heads * 2 * layer.head_size * HOT_ELEMENT_BYTES for layer in held)
-        return slots * per_slot
+        per_slot = sum(slot_bytes(layer.kv_heads, layer.head_size) for layer in held)
+        return hot_slots(settings, max_requests, per_slot, page_bytes) * per_slot
+
+
+def slot_bytes(kv_heads: int, head_size: int) -> int:
+    """Bytes of one layer's share of a slot: 16 exact keys and values."""
+    return formats.UNIT_TOKENS * kv_heads * 2 * head_size * HOT_ELEMENT_BYTES
 
 
 def slots_needed(max_requests: int, recent_tokens: int, sink_tokens: int) -> int:
@@ -69,11 +73,18 @@ def slots_needed(max_requests: int, recent_tokens: int, sink_tokens: int) -> int
     return max_requests * (window + 1 + -(-sink_tokens // formats.UNIT_TOKENS))
 
 
-def hot_slots(settings: Settings, max_requests: int) -> int:
-    """`slots_needed` by these settings; 0 where nothing is compressed."""
+def hot_slots(settings: Settings, max_requests: int, per_slot: int, page_bytes: int | None) -> int:
+    """`slots_needed` by these settings, of `per_slot` bytes in all layers; 0 where nothing is compressed.
+
+    Where the size of the pages is given, the slots take at most a quarter of it on top: with fewer of them the least
+    recently read units are read from their codes, and counted (`evictionsInWindow`).
+    """
     if settings.native or settings.mode != "compressed":
         return 0
-    return slots_needed(max_requests, settings.recent_tokens, settings.sink_tokens)
+    slots = slots_needed(max_requests, settings.recent_tokens, settings.sink_tokens)
+    if not slots or not per_slot or page_bytes is None:
+        return slots
+    return max(1, min(slots, page_bytes // 4 // per_slot))
 
 
 def layer_token_bytes(layer: LayerShape, settings: Settings, element_bytes: int) -> int:
@@ -174,7 +185,7 @@ def estimate(shape: ModelShape, settings: Settings, page_bytes: int | None, max_
     sliding layers holds more, which only the engine's allocator knows. `cache_bytes` adds the hot pool."""
     ours, engine = shape.bytes_per_token(settings), shape.bytes_per_token_uncompressed()
     elements = engine // shape.element_bytes
-    hot = shape.hot_pool_bytes(settings, max_requests)
+    hot = shape.hot_pool_bytes(settings, max_requests, page_bytes)
     report = contract.CacheReport(
         format=settings.format,
         mode=settings.mode,

@@ -6,14 +6,20 @@ import argparse
 import sys
 from pathlib import Path
 
-from manthanquant import capacity, formats, settings
+from manthanquant import capacity, contract, formats, settings
 from manthanquant.quantity import parse_bytes, show_bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a model's directory or its config.json")
     parser.add_argument("--memory", default="1Gi", help="bytes of cache, such as 512Mi or 24Gi (default 1Gi)")
-    parser.add_argument("--max-num-seqs", type=int, default=16, help="requests that run at once (default 16)")
+    requests = contract.CPU_MAX_REQUESTS
+    parser.add_argument(
+        "--max-num-seqs",
+        type=int,
+        default=requests,
+        help=f"requests that run at once (default {requests}, as on a CPU)",
+    )
     settings.add_arguments(parser)
 
 

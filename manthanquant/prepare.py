@@ -20,7 +20,8 @@ from manthanquant.contract import PrepareError, PrepareReport
 from manthanquant.engine_flags import number
 
 log = logging.getLogger("manthanquant.prepare")
-DEFAULT_MAX_REQUESTS = 256  # vLLM's own default of --max-num-seqs is of this order
+# vLLM's own default of --max-num-seqs is 256 or 1024 by the size of the GPU. On a CPU the operator gives the flag.
+DEFAULT_MAX_REQUESTS = 256
 
 
 class PrepareFailed(Exception):

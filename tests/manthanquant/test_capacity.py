@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from manthanquant import capacity, formats
+from manthanquant import capacity, contract, formats
 from manthanquant.settings import Settings
 
 LLAMA = {
@@ -66,7 +66,8 @@ def test_ratio_is_the_formats(name: str) -> None:
 def test_skipped_layers_cost_what_the_engine_pays() -> None:
     shape = capacity.model_shape(LLAMA)
     assert shape.bytes_per_token(Settings(skip_layers=(0, 29))) == 28 * 3 * 52 + 2 * 3 * 256
-    assert shape.hot_pool_bytes(Settings(skip_layers=(0, 29)), 4) == shape.hot_pool_bytes(Settings(), 4) * 28 // 30
+    held = shape.hot_pool_bytes(Settings(skip_layers=(0, 29)), 4, None)
+    assert held == shape.hot_pool_bytes(Settings(), 4, None) * 28 // 30
 
 
 def test_shadow_costs_what_the_engine_pays_and_has_no_exact_tier() -> None:
@@ -77,11 +78,26 @@ def test_shadow_costs_what_the_engine_pays_and_has_no_exact_tier() -> None:
 def test_hot_pool_is_charged_to_us() -> None:
     shape = capacity.model_shape(LLAMA)
     report = capacity.estimate(shape, Settings(), 1 << 28, 16)
-    pool = shape.hot_pool_bytes(Settings(), 16)
+    pool = shape.hot_pool_bytes(Settings(), 16, None)
     assert pool == 16 * (128 // 16 + 1 + 1 + 1) * 16 * 30 * 3 * 2 * 64 * 2
     assert report.cache_bytes == (1 << 28) + pool
     assert report.capacity_tokens_uncompressed == ((1 << 28) + pool) // 23040
     assert report.saved_bytes == int(report.capacity_tokens or 0) * 23040 - (1 << 28) - pool
+
+
+def test_the_hot_pool_is_bounded_where_the_caches_size_is_given() -> None:
+    shape = capacity.model_shape(LLAMA)
+    slot = 16 * 30 * 3 * 2 * 64 * 2
+    assert shape.hot_pool_bytes(Settings(), 1000, 1 << 28) == (1 << 26) // slot * slot
+    assert shape.hot_pool_bytes(Settings(), 1000, 1) == slot
+    assert shape.hot_pool_bytes(Settings(recent_tokens=0, sink_tokens=0), 1000, 1 << 28) == 0
+
+
+def test_what_the_default_requests_of_a_cpu_leave_of_the_gain() -> None:
+    """A small model's cache of 1 GiB: 4.92 times the tokens in the pages, 4.7 with the exact tier charged to us."""
+    report = capacity.estimate(capacity.model_shape(LLAMA), Settings(), 1 << 30, contract.CPU_MAX_REQUESTS)
+    assert report.compression_ratio is not None and report.compression_ratio >= 4.9
+    assert int(report.capacity_tokens or 0) >= 4.7 * int(report.capacity_tokens_uncompressed or 0)
 
 
 @pytest.mark.parametrize(

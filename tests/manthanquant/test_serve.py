@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from manthanquant import capacity, contract, serve, settings
-from manthanquant.serve import LaunchError, engine_arguments
+from manthanquant.serve import LaunchError, engine_arguments, limit_requests
 from manthanquant.settings import Settings
 
 CONFIG = {
@@ -46,6 +46,15 @@ def test_the_engines_flags_are_the_users_after_ours(model: Path) -> None:
 def test_the_users_own_value_stands(model: Path) -> None:
     flags = engine_arguments("m", model, Settings(), ["--served-model-name=x", "--shutdown-timeout=5"])
     assert "--served-model-name" not in flags and "--shutdown-timeout" not in flags
+
+
+def test_a_cpu_serves_few_requests_at_once_unless_told_otherwise(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    assert value(limit_requests([], Settings()), "--max-num-seqs") == str(contract.CPU_MAX_REQUESTS)
+    assert f"--max-num-seqs {contract.CPU_MAX_REQUESTS}" in caplog.text
+    assert limit_requests(["--max-num-seqs=99"], Settings()) == ["--max-num-seqs=99"]
+    for without_exact_tier in (Settings("bf16"), Settings(mode="off"), Settings(mode="shadow")):
+        assert limit_requests([], without_exact_tier) == []
 
 
 def test_fp8_is_the_engines(model: Path) -> None:

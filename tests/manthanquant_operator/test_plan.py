@@ -9,6 +9,8 @@ from manthanquant_operator import plan
 from manthanquant_operator.errors import SpecError
 from manthanquant_operator.settings import Images, Settings
 
+from manthanquant.contract import CPU_MAX_REQUESTS
+
 
 @pytest.mark.parametrize(
     ("name", "mode"),
@@ -42,6 +44,44 @@ def test_a_missing_image_names_the_field_and_the_value(make_model: Any) -> None:
 def test_tensor_parallelism_follows_the_count(make_model: Any, settings: Settings) -> None:
     assert plan.make(make_model({"resources": {"count": 4}}), settings).tensor_parallel_size == 4
     assert plan.make(make_model({"resources": {"accelerator": "cpu"}}), settings).tensor_parallel_size == 1
+
+
+CPU = {"accelerator": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("spec", "cache_bytes"),
+    [
+        ({}, None),  # a GPU's cache is what the engine finds free
+        ({"kvCache": {"memory": "2Gi"}}, 2 << 30),
+        ({"resources": CPU}, 4 << 30),
+        ({"resources": {**CPU, "memory": "64Gi"}}, 4 << 30),
+        ({"resources": {**CPU, "memory": "6Gi"}}, 3 << 30),
+        ({"resources": CPU, "kvCache": {"memory": "16Gi", "format": "bf16"}}, 16 << 30),
+        ({"resources": CPU, "kvCache": {"format": "bf16"}}, 4 << 30),
+    ],
+)
+def test_a_cpu_servers_cache_is_bounded_by_default(
+    spec: dict[str, Any], cache_bytes: int | None, make_model: Any, settings: Settings
+) -> None:
+    assert plan.make(make_model(spec), settings).cache_bytes == cache_bytes
+
+
+@pytest.mark.parametrize(
+    ("spec", "requests"),
+    [
+        ({}, None),
+        ({"resources": CPU}, CPU_MAX_REQUESTS),
+        ({"resources": CPU, "engine": {"maxNumSeqs": 100}}, 100),
+        ({"resources": CPU, "kvCache": {"format": "bf16"}}, None),  # no exact tier to size by it
+        ({"resources": CPU, "kvCache": {"mode": "shadow"}}, None),
+        ({"engine": {"maxNumSeqs": 100}}, 100),
+    ],
+)
+def test_a_cpu_serves_few_requests_at_once_by_default(
+    spec: dict[str, Any], requests: int | None, make_model: Any, settings: Settings
+) -> None:
+    assert plan.make(make_model(spec), settings).max_requests == requests
 
 
 @pytest.mark.parametrize(("spec", "replicas"), [({"replicas": 3}, 3), ({"suspend": True}, 0), ({"planOnly": True}, 0)])

@@ -15,13 +15,6 @@ def _pod(model: Any, settings: Settings) -> dict[str, Any]:
     return workload.deployment(model, plan.make(model, settings))["spec"]["template"]["spec"]
 
 
-@pytest.mark.parametrize(
-    ("quantity", "expected"), [("1Gi", 1 << 30), ("1.5Gi", 3 << 29), ("2G", 2_000_000_000), ("123", 123), ("4Ki", 4096)]
-)
-def test_bytes_of(quantity: str, expected: int) -> None:
-    assert workload.bytes_of(quantity) == expected
-
-
 def test_the_pod_is_restricted(make_model: Any, settings: Settings) -> None:
     """The rules of Kubernetes' `restricted` pod security standard, and two of our own."""
     pod = _pod(make_model(), settings)
@@ -80,7 +73,22 @@ def test_a_gpu_is_asked_for_by_both_containers_and_a_cpu_server_asks_none(make_m
     for container in (*pod["initContainers"], *pod["containers"]):
         assert container["resources"]["limits"] == {"nvidia.com/gpu": "2"}
     cpu = _pod(make_model({"resources": {"accelerator": "cpu"}}), settings)
-    assert cpu["containers"][0]["resources"] == {}
+    assert "limits" not in cpu["containers"][0]["resources"]
+
+
+def test_no_pod_is_best_effort(make_model: Any, settings: Settings) -> None:
+    """Such pods are the first to be evicted. The user's own values win."""
+
+    def requests(spec: dict[str, Any]) -> dict[str, str]:
+        (server,) = _pod(make_model(spec), settings)["containers"]
+        return server["resources"]["requests"]
+
+    assert requests({}) == {"cpu": "500m", "nvidia.com/gpu": "1"}
+    cpu = {"accelerator": "cpu"}
+    assert requests({"resources": cpu}) == {"cpu": "500m", "memory": "4Gi"}
+    assert requests({"resources": cpu, "kvCache": {"memory": "1Gi"}}) == {"cpu": "500m", "memory": "1Gi"}
+    own = {"cpu": "8", "memory": "6Gi"}
+    assert requests({"resources": {**cpu, **own}, "kvCache": {"memory": "1Gi"}}) == own
 
 
 @pytest.mark.parametrize(
@@ -123,7 +131,8 @@ def test_a_planning_job_is_named_by_its_content_and_takes_no_gpu(make_model: Any
     first, same, other = job({}), job({"replicas": 5}), job({"kvCache": {"format": "mq4"}})
     assert first["metadata"]["name"] == same["metadata"]["name"] != other["metadata"]["name"]
     (container,) = first["spec"]["template"]["spec"]["containers"]
-    assert container["name"] == contract.PREPARE_CONTAINER and container["resources"] == {}
+    assert container["name"] == contract.PREPARE_CONTAINER
+    assert container["resources"] == {"requests": {"cpu": "500m"}}
 
 
 def test_the_environment_speaks_the_contracts_names(make_model: Any, settings: Settings) -> None:

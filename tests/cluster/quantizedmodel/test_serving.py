@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from support.quantizedmodels import STATS, Models, PlayedKubelet, eventually
 
 from manthanquant.contract import LoadStats, Stats, WriteStats
 
 pytestmark = pytest.mark.cluster
+README = Path(__file__).parents[3] / "README.md"
 CPU: dict[str, Any] = {
     "model": {"uri": "pvc://weights/smollm2"},
     "kvCache": {"memory": "1Gi"},
@@ -53,6 +56,20 @@ def test_five_lines_become_a_served_model(models: Models, kubelet: PlayedKubelet
     assert row[1].split()[1:9] == ["hf://Qwen/Qwen3-8B", "mq3", "4.92", "229376", "1.5Gi", "cpu-avx512", "True", "1"]
     wide = models.cluster.kubectl("-n", models.namespace, "get", "qm", "qwen", "-o", "wide")
     assert "ENDPOINT" in wide and "1 of 1 servers ready" in wide
+
+
+def test_the_readmes_five_lines(models: Models, kubelet: PlayedKubelet) -> None:
+    text = README.read_text().split("```yaml\n")[1].split("```")[0]
+    assert len(text.splitlines()) == 5
+    models.cluster.kubectl("-n", models.namespace, "apply", "-f", "-", stdin=text)
+    name = yaml.safe_load(text)["metadata"]["name"]
+    (pod,) = models.pods(name)
+    kubelet.ready(pod)
+    models.wait(name, "Ready", status="True", reason="Serving")
+    (server,) = pod["spec"]["containers"]
+    assert {"--max-num-seqs=8", f"--kv-cache-memory-bytes={4 << 30}"} <= set(server["args"])  # what a CPU is given
+    assert server["resources"]["requests"] == {"cpu": "500m", "memory": "4Gi"}
+    assert pod["status"]["qosClass"] == "Burstable"
 
 
 def test_the_estimate_comes_before_the_measurement(models: Models, kubelet: PlayedKubelet) -> None:

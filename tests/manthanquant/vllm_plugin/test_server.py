@@ -19,13 +19,14 @@ from typing import Any
 import pytest
 from support.models import small_model
 
-from manthanquant import contract
+from manthanquant import capacity, contract
 from manthanquant.vllm_plugin import ENDPOINT_PLUGIN, PLUGIN
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[3]
 START_SECONDS = 600
+CACHE_BYTES = 1 << 28
 
 
 def environment(tmp_path: Path) -> dict[str, str]:
@@ -52,7 +53,7 @@ class Server:
         self.log = tmp_path / "server.log"
         command = [sys.executable, "-m", "manthanquant.serve", "serve", str(small_model())]
         own = [f"--port={self.port}", "--served-model-name=small", "--enforce-eager", "--max-model-len=1024"]
-        own += ["--max-num-seqs=4", f"--kv-cache-memory-bytes={1 << 26}"]
+        own += [f"--kv-cache-memory-bytes={CACHE_BYTES}"]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [*command, *own, *flags], env=environment(tmp_path), stdout=log, stderr=subprocess.STDOUT
@@ -120,7 +121,9 @@ def test_it_answers_and_counts(server: Server) -> None:
     assert stats.model == "small"
     assert stats.cache.format == "k42v3" and stats.cache.mode == "compressed"
     assert stats.cache.compression_ratio == pytest.approx(4.923)
-    assert (stats.cache.capacity_tokens or 0) * 4680 == pytest.approx(1 << 26, rel=0.02)
+    assert (stats.cache.capacity_tokens or 0) * 4680 == pytest.approx(CACHE_BYTES, rel=0.02)
+    pool = capacity.slots_needed(contract.CPU_MAX_REQUESTS, 128, 4) * 30 * capacity.slot_bytes(3, 64)
+    assert stats.cache.hot_pool_bytes == pool  # for the few requests that a CPU runs at once by default
     assert stats.writes.errors == 0
     assert stats.writes.key_cosine is not None and 0.9 < stats.writes.key_cosine < 1
     assert stats.calibration == contract.CalibrationReport("hadamard", "Off")
