@@ -146,6 +146,14 @@ class Cluster:
                 "event %s about %s/%s not posted: %s", reason, metadata["namespace"], metadata["name"], error
             )
 
+    async def largest_label(self, label: str, node_selector: Mapping[str, str]) -> int | None:
+        """The largest number in a label of the nodes that the selector matches; `None` where none has the label."""
+        selector = ",".join([label, *(f"{key}={value}" for key, value in node_selector.items())])
+        query = {"labelSelector": selector}
+        found = await self._request("GET", "/api/v1/nodes", query=query, accept=_METADATA_ONLY)
+        values = (item["metadata"]["labels"][label] for item in found["items"] or ())
+        return max((int(value) for value in values if value.isdecimal()), default=None)
+
     async def lease(self, namespace: str, name: str) -> dict[str, Any] | None:
         return await self._find(f"{_LEASES}/namespaces/{namespace}/leases/{name}")
 

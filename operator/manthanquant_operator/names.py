@@ -60,6 +60,11 @@ def kernel_claim(qm: QuantizedModel) -> str:
     return f"{qm.metadata.name}-kernels"
 
 
+def gpu_memory_label(qm: QuantizedModel) -> str:
+    """The node label in which GPU feature discovery shows the memory of the accelerator, in MiB."""
+    return f"{qm.spec.resources.accelerator}.memory"
+
+
 def endpoint(qm: QuantizedModel) -> str:
     """Base URL of the OpenAI API inside the cluster."""
     return f"http://{qm.metadata.name}.{qm.metadata.namespace}.svc:{qm.spec.service.port}/v1"

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 from pydantic import ValidationError
 
-from . import children, conditions, diagnosis, facts, plan, status
-from .api import Condition, ObjectMeta, QuantizedModel, QuantizedModelStatus
+from . import children, conditions, diagnosis, facts, names, plan, status
+from .api import CPU, Condition, ObjectMeta, QuantizedModel, QuantizedModelStatus
 from .children import KINDS
 from .cluster import ApiError, Cluster
 from .errors import ConflictError, SpecError
@@ -99,7 +99,7 @@ class Reconciler:
             if not error.transient and error.status != 409:
                 await refuse("ApplyFailed", str(error))
             raise
-        seen = await self._observe(key)
+        seen = await self._observe(key, qm)
         await self._write(key, body, before, status.build(qm, plans, seen, self._now()))
         return SILENT_POD_SECONDS if any(diagnosis.is_silent(pod) for pod in seen.pods) else None
 
@@ -130,7 +130,7 @@ class Reconciler:
         result = await self._cluster.apply(obj)
         known[kind, name] = _Applied(digest, facts.owned_fields(result), result["metadata"]["uid"])
 
-    async def _observe(self, key: Key) -> Observed:
+    async def _observe(self, key: Key, qm: QuantizedModel) -> Observed:
         pods, owned = self._view.pods(key), self._view.children(key)
         events = {
             pod.uid: warning
@@ -144,7 +144,16 @@ class Reconciler:
             samples=self._scraper.samples,
             scrape_errors=self._scraper.errors,
             events=events,
+            gpu_bytes=await self._gpu_bytes(qm),
         )
+
+    async def _gpu_bytes(self, qm: QuantizedModel) -> int | None:
+        """Memory of the largest GPU that a plan may count on, where the nodes' labels show it."""
+        wanted = qm.spec.resources
+        if not qm.spec.plan_only or wanted.accelerator == CPU or self._settings.watch_namespaces:
+            return None  # an operator of some namespaces has no rights on nodes
+        mebibytes = await self._cluster.largest_label(names.gpu_memory_label(qm), wanted.node_selector or {})
+        return None if mebibytes is None else mebibytes << 20
 
     async def _write(
         self, key: Key, body: Mapping[str, Any], before: QuantizedModelStatus, after: QuantizedModelStatus

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from manthanquant.contract import PrepareReport
 
-from . import conditions, diagnosis, names, telemetry
-from .api import ConditionType, KernelStatus, KVCacheStatus, QuantizedModel, QuantizedModelStatus
+from . import conditions, diagnosis, fit, names, telemetry
+from .api import CPU, ConditionType, KernelStatus, KVCacheStatus, QuantizedModel, QuantizedModelStatus
 from .conditions import Status
 from .diagnosis import Failure
 from .facts import DeploymentFacts, PodFacts
@@ -28,6 +28,7 @@ class Observed:
     samples: Mapping[str, Sample] = field(default_factory=dict)
     scrape_errors: Mapping[str, str] = field(default_factory=dict)
     events: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # reason and message of a silent pod
+    gpu_bytes: int | None = None  # memory of a GPU; only a plan asks
 
     @property
     def servers(self) -> list[PodFacts]:
@@ -67,13 +68,14 @@ def build(qm: QuantizedModel, plan: Plan, seen: Observed, time: str) -> Quantize
     workload = _workload(qm, plan, seen)
     model = _model(report, seen, failure)
     kernel = _kernel_status(report, samples)
+    planned = _planned(qm, plan, report, seen)
     now: dict[ConditionType, Verdict] = {
-        "Planned": _planned(plan, report),
+        "Planned": planned,
         "ModelReady": model,
         "KernelReady": _kernel(kernel, report, model),
         "WorkloadReady": workload,
         "TelemetryAvailable": _telemetry(seen, samples),
-        "Ready": _ready(qm, workload, failure, report),
+        "Ready": _ready(qm, planned, workload, failure, report),
     }
     generation = qm.metadata.generation
     deployment = seen.deployment
@@ -111,12 +113,18 @@ def _failure(seen: Observed) -> Failure | None:
     return None
 
 
-def _planned(plan: Plan, report: PrepareReport | None) -> Verdict:
+def _planned(qm: QuantizedModel, plan: Plan, report: PrepareReport | None, seen: Observed) -> Verdict:
     cache = report and report.cache
-    if not cache or cache.bytes_per_token is None:
+    if not report or not cache or cache.bytes_per_token is None:
         return "True", "Accepted", plan.summary
     fits = f", {cache.capacity_tokens:,} tokens fit a server" if cache.capacity_tokens is not None else ""
-    return "True", "Estimated", f"{plan.summary}; {cache.bytes_per_token:,} bytes a token{fits}"
+    text = f"{plan.summary}; {cache.bytes_per_token:,} bytes a token{fits}"
+    if not qm.spec.plan_only or qm.spec.resources.accelerator == CPU:
+        return "True", "Estimated", text
+    found = fit.check(qm, report, seen.gpu_bytes)
+    if found.fits is False:
+        return "False", "DoesNotFit", found.message
+    return "True", "Estimated", f"{text}; {found.message}"
 
 
 def _model(report: PrepareReport | None, seen: Observed, failure: Failure | None) -> Verdict:
@@ -172,11 +180,15 @@ def _telemetry(seen: Observed, samples: Sequence[Sample]) -> Verdict:
     return "True", "Measured", f"statistics of {len(samples)} of {len(ready)} servers"
 
 
-def _ready(qm: QuantizedModel, workload: Verdict, failure: Failure | None, report: PrepareReport | None) -> Verdict:
+def _ready(
+    qm: QuantizedModel, planned: Verdict, workload: Verdict, failure: Failure | None, report: PrepareReport | None
+) -> Verdict:
     if workload[0] == "True":
         return "True", "Serving", workload[2]
     if failure:
         return "False", failure.reason, failure.message
+    if planned[0] == "False":
+        return planned
     if qm.spec.plan_only and report and not report.error:
         return "False", "PlanOnly", "the plan is made; unset spec.planOnly to serve"
     return "False", workload[1], workload[2]

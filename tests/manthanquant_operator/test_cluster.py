@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 from kubernetes.aio.client import ApiClient, Configuration
@@ -43,6 +44,19 @@ def test_a_passing_fault_is_tried_again(fault: Fault) -> None:
 
     _run(api, use)
     assert len(api.requests) == 3
+
+
+@pytest.mark.parametrize(("values", "largest"), [(("16384", "81559"), 81559), (("unknown",), None), ((), None)])
+def test_the_largest_number_in_a_label(values: tuple[str, ...], largest: int | None) -> None:
+    items = [{"metadata": {"labels": {"nvidia.com/gpu.memory": value}}} for value in values]
+    api = FaultyApi({"/api/v1/nodes": {"items": items or None}})
+
+    async def use(cluster: Cluster) -> None:
+        assert await cluster.largest_label("nvidia.com/gpu.memory", {"pool": "gpu"}) == largest
+
+    _run(api, use)
+    ((_, path, _),) = api.requests
+    assert unquote(path).endswith("?labelSelector=nvidia.com/gpu.memory,pool=gpu")
 
 
 def test_retries_are_bounded_and_the_last_error_is_raised() -> None:

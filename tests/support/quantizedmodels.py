@@ -155,10 +155,8 @@ class PlayedKubelet:
     def mount_failure(self, pod: dict[str, Any], message: str) -> Iterator[None]:
         """The pod is on a node, which warns in an event that a volume cannot be mounted."""
         name, namespace = pod["metadata"]["name"], pod["metadata"]["namespace"]
-        node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": f"stand-in-{namespace}"}}
-        self.cluster.api.create("/api/v1/nodes", node)
-        try:
-            target = {"apiVersion": "v1", "kind": "Node", "name": node["metadata"]["name"]}
+        with self.node(f"stand-in-{namespace}") as node:
+            target = {"apiVersion": "v1", "kind": "Node", "name": node}
             binding = {"metadata": {"name": name}, "target": target}
             self.cluster.api.request("POST", f"/api/v1/namespaces/{namespace}/pods/{name}/binding", binding)
             event = {
@@ -170,8 +168,16 @@ class PlayedKubelet:
             }
             self.cluster.api.request("POST", f"/api/v1/namespaces/{namespace}/events", event)
             yield
+
+    @contextlib.contextmanager
+    def node(self, name: str, labels: dict[str, str] | None = None) -> Iterator[str]:
+        """A node without a kubelet."""
+        metadata = {"name": name, "labels": labels or {}}
+        self.cluster.api.create("/api/v1/nodes", {"apiVersion": "v1", "kind": "Node", "metadata": metadata})
+        try:
+            yield name
         finally:
-            self.cluster.api.delete(f"/api/v1/nodes/{node['metadata']['name']}")
+            self.cluster.api.delete(f"/api/v1/nodes/{name}")
 
     def container(self, name: str, state: dict[str, Any], **more: Any) -> dict[str, Any]:
         return {

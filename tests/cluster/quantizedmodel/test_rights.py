@@ -69,7 +69,8 @@ def test_a_models_life_uses_every_right_and_no_other(
         models.wait("m", "Ready", status="False", reason="FailedMount")
         kubelet.ready(pod)
         models.wait("m", "Ready", status="True")
-    models.patch("m", {"spec": {"planOnly": True, "autoscaling": None, "networkPolicy": None}})
+    gpu = {"accelerator": "nvidia.com/gpu"}  # a plan for it looks for the nodes' memory
+    models.patch("m", {"spec": {"planOnly": True, "autoscaling": None, "networkPolicy": None, "resources": gpu}})
     eventually(lambda: models.children("m").keys() & PRUNED == {"Job"}, what=lambda: models.children("m"))
     models.patch("m", {"spec": {"planOnly": False}})
     serving = {"Deployment", "PodDisruptionBudget", "Service"}

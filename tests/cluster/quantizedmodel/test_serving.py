@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from support.quantizedmodels import STATS, Models, PlayedKubelet, eventually
+from support.quantizedmodels import REPORT, STATS, Models, PlayedKubelet, eventually
 
 from manthanquant.contract import LoadStats, Stats, WriteStats
 
@@ -169,6 +169,23 @@ def test_plan_only_estimates_without_a_server(models: Models, kubelet: PlayedKub
     assert models.status("m")["kvCache"]["source"] == "Estimated"
     models.patch("m", {"spec": {"planOnly": False}})
     eventually(lambda: "Deployment" in models.children("m") and "Job" not in models.children("m"))
+
+
+def test_a_plan_is_compared_with_the_gpus_that_the_nodes_show(models: Models, kubelet: PlayedKubelet) -> None:
+    pool = {"pool": models.namespace}
+    models.create("m", {"model": {"uri": "hf://a/b"}, "resources": {"nodeSelector": pool}, "planOnly": True})
+    (pod,) = models.pods("m")
+    report = dataclasses.replace(REPORT, model_bytes=15 << 30)
+    kubelet.report(pod, {"phase": "Succeeded", "containerStatuses": [kubelet.prepared(report)]})
+    models.wait("m", "Planned", status="True", message="not known: .* label nvidia.com/gpu.memory")
+    labels = {"nvidia.com/gpu.memory": "12288", **pool}
+    with kubelet.node(f"gpu-{models.namespace}", labels):
+        models.patch("m", {"spec": {"engine": {"maxModelLen": 100}}})  # a change has it look again
+        for pod in models.pods("m"):
+            kubelet.report(pod, {"phase": "Succeeded", "containerStatuses": [kubelet.prepared(report)]})
+        models.wait(
+            "m", "Ready", status="False", reason="DoesNotFit", message="weights of 15.0Gi .* do not fit in 11.0Gi"
+        )
 
 
 def test_an_object_of_somebody_else_is_left_alone(models: Models) -> None:
