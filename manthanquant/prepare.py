@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-dir", default=contract.MODEL_DIR, help="where the model's volume is mounted")
     parser.add_argument("--link", default=contract.RESOLVED_MODEL_LINK, help="where to put a link to the model")
     parser.add_argument("--report", default=contract.TERMINATION_LOG, help="where to write the result")
+    parser.add_argument("--plan", action="store_true", help="only resolve the model and estimate the cache")
     settings.add_arguments(parser)
 
 
@@ -50,8 +51,9 @@ def run(args: argparse.Namespace, engine_flags: Sequence[str] = ()) -> int:
     """0, or 1 where a step failed. `engine_flags` are the server's: its length, requests and cache size are read."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     report = PrepareReport()
+    steps = (_model, _capacity) if args.plan else (_model, _kernel, _calibration, _capacity)
     try:
-        for step in (_model, _kernel, _calibration, _capacity):
+        for step in steps:
             report = step(report, args, engine_flags)
     except PrepareFailed as failed:
         report = dataclasses.replace(report, error=failed.error)

@@ -72,7 +72,7 @@ def build(qm: QuantizedModel, plan: Plan, seen: Observed, time: str) -> Quantize
     now: dict[ConditionType, Verdict] = {
         "Planned": planned,
         "ModelReady": model,
-        "KernelReady": _kernel(kernel, report, model),
+        "KernelReady": _kernel(qm, kernel, report, model),
         "WorkloadReady": workload,
         "TelemetryAvailable": _telemetry(seen, samples),
         "Ready": _ready(qm, planned, workload, failure, report),
@@ -136,7 +136,7 @@ def _model(report: PrepareReport | None, seen: Observed, failure: Failure | None
     return "Unknown", "Preparing" if seen.pods else "NoPods", "no init container has resolved the model yet"
 
 
-def _kernel(kernel: KernelStatus | None, report: PrepareReport | None, model: Verdict) -> Verdict:
+def _kernel(qm: QuantizedModel, kernel: KernelStatus | None, report: PrepareReport | None, model: Verdict) -> Verdict:
     """About the kernels that serve, where a server runs, else about those that the init container obtained."""
     if kernel:
         seconds = f", built in {kernel.build_seconds:g} s" if kernel.build_seconds is not None else ""
@@ -144,6 +144,8 @@ def _kernel(kernel: KernelStatus | None, report: PrepareReport | None, model: Ve
         return "True", kernel.source or "PyTorch", f"{kernel.sm_arch}{seconds}{note}"
     if report and report.error and report.model_path:
         return "False", report.error.reason, report.error.message
+    if qm.spec.plan_only:
+        return "Unknown", "PlanOnly", "spec.planOnly is set: no kernels are built"
     if report and not report.error:
         return "True", "NotNeeded", "this mode runs no kernels of ours"
     return "Unknown", model[1], "waits for ModelReady"

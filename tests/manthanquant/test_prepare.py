@@ -56,6 +56,13 @@ def test_a_model_on_a_claim(pod: Pod) -> None:
     assert (report.cache.bytes_per_token, report.cache.capacity_tokens) == (4 * 2 * 52, 1000000 // (4 * 2 * 52))
 
 
+def test_a_plan_builds_and_calibrates_nothing(pod: Pod) -> None:
+    status, report = pod.prepare("pvc://claim/m", "--plan", "--kv-cache-memory-bytes=1000000")
+    assert (status, report.kernel, report.calibration) == (0, None, None)
+    assert report.model_path == str(pod.model)
+    assert report.cache is not None and report.cache.capacity_tokens == 1000000 // (4 * 2 * 52)
+
+
 def test_it_can_run_again(pod: Pod) -> None:
     other = pod.add("other", CONFIG)
     assert pod.prepare("pvc://claim/m")[0] == 0

@@ -72,3 +72,4 @@ def test_a_plan_says_whether_it_fits(
     conditions = {c.type: c for c in found.conditions or ()}
     assert (conditions["Planned"].reason, conditions["Ready"].reason) == (reason, ready)
     assert "GPU memory" in conditions["Planned"].message
+    assert (conditions["KernelReady"].status, conditions["KernelReady"].reason) == ("Unknown", "PlanOnly")

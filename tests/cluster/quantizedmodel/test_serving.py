@@ -163,9 +163,11 @@ def test_plan_only_estimates_without_a_server(models: Models, kubelet: PlayedKub
     (pod,) = models.pods("m")
     found = models.children("m")
     assert found.keys() == {"Job", "Pod", "ServiceAccount"} and found["Job"][0].startswith("m-plan-")
-    kubelet.report(pod, {"phase": "Succeeded", "containerStatuses": [kubelet.prepared()]})
+    report = dataclasses.replace(REPORT, kernel=None, calibration=None)
+    kubelet.report(pod, {"phase": "Succeeded", "containerStatuses": [kubelet.prepared(report)]})
     models.wait("m", "Planned", status="True", reason="Estimated")
     models.wait("m", "Ready", status="False", reason="PlanOnly", message="unset spec.planOnly")
+    models.wait("m", "KernelReady", status="Unknown", reason="PlanOnly")
     assert models.status("m")["kvCache"]["source"] == "Estimated"
     models.patch("m", {"spec": {"planOnly": False}})
     eventually(lambda: "Deployment" in models.children("m") and "Job" not in models.children("m"))
