@@ -13,6 +13,9 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 
 // -- bytes and arithmetic ------------------------------------------------------------------------------------------
 
+__device__ __forceinline__ uint32_t bits_of(__half2 x) { return *reinterpret_cast<const uint32_t*>(&x); }
+__device__ __forceinline__ __half2 half2_of(uint32_t x) { return *reinterpret_cast<const __half2*>(&x); }
+
 // Byte permute: result byte i is byte (selector nibble i) of {high, low}; bit 3 of a nibble replicates the sign bit.
 __device__ __forceinline__ uint32_t prmt(uint32_t low, uint32_t high, uint32_t selector) {
     uint32_t result;

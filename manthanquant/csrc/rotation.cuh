@@ -1,8 +1,8 @@
 // The Hadamard rotation as B fragments of mma.m16n8k16, which need no memory: every element is +-1.
 //
-// H is block diagonal in each class of channels, with Sylvester-Hadamard blocks: H[m][k] = (-1)^popcount(m & k), counted
-// within a block. It is symmetric, and without its norm its own inverse. In units of 16 channels it is one 16 x 16
-// fragment and its negative.
+// H is block diagonal in each class of channels, with Sylvester-Hadamard blocks: H[m][k] = (-1)^popcount(m & k),
+// counted within a block. It is symmetric, and without its norm its own inverse. In units of 16 channels it is one
+// 16 x 16 fragment and its negative.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -42,6 +42,11 @@ struct Rotation {
         int both = place(in) & place(out) & (order_blocks(class_of(in)) - 1), odd = 0;
         for (; both; both &= both - 1) odd ^= 1;
         return odd;
+    }
+    // Whether a block and the one `distance` (a power of two) after it are a butterfly of the matrix that mixes them.
+    MQ_HOST_DEVICE static constexpr bool pairs(int block, int distance) {
+        const int cls = class_of(block);
+        return distance < order_blocks(cls) && (place(block) & distance) == 0;
     }
 
 private:

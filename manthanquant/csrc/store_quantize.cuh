@@ -16,8 +16,6 @@
 
 namespace mq {
 
-__device__ __forceinline__ uint32_t bits_of(__half2 x) { return *reinterpret_cast<const uint32_t*>(&x); }
-__device__ __forceinline__ __half2 half2_of(uint32_t x) { return *reinterpret_cast<const __half2*>(&x); }
 __device__ __forceinline__ __half2 both_halves(float x) { return __float2half2_rn(x); }
 
 // The sum over lanes 4 g to 4 g + 3, in all four.

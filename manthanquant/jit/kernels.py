@@ -64,6 +64,19 @@ def decode_extension(
 
 
 @cache
+def prefix_extension(fmt: Format, head_size: int, dtype: str) -> Extension:
+    """What prefill needs of the cache, for one format, head size and dtype of what is read back (as for the store)."""
+    check_head_size(head_size)
+    return _cuda_extension(
+        f"manthanquant_prefix_{fmt.name}_d{head_size}_{dtype}",
+        "prefix",
+        f"-DMQ_FORMAT={fmt.name.upper()}",
+        f"-DMQ_HEAD_SIZE={head_size}",
+        f"-DMQ_PREFIX_ELEMENT={_CUDA_TYPES[dtype]}",
+    )
+
+
+@cache
 def vectors_extension() -> Extension:
     """The CUDA encode and decode of plain vectors: every dtype and size in one module."""
     return _cuda_extension("manthanquant_vectors", "vectors")
@@ -72,16 +85,16 @@ def vectors_extension() -> Extension:
 def cuda_extensions(fmt: Format, head_size: int, dtype: str) -> tuple[Extension, ...]:
     """Every CUDA kernel that a model of this head size and dtype uses."""
     decode = [decode_extension(fmt, head_size, rows, exact=exact) for rows in DECODE_ROWS for exact in (True, False)]
-    return (store_extension(fmt, head_size, dtype), *decode)
+    return (store_extension(fmt, head_size, dtype), prefix_extension(fmt, head_size, dtype), *decode)
 
 
 def _cuda_extension(name: str, stem: str, *flags: str) -> Extension:
     """`stem.cu` with its binding `stem_bindings.cpp`; all headers of `stem` and the shared ones go into the key."""
-    shared = tuple(CSRC / name for name in ("layout.h", "bindings.h", "ptx.cuh", "rotation.cuh"))
+    shared = tuple(CSRC / name for name in ("layout.h", "bindings.h", "ptx.cuh", "rotation.cuh", "decode_codes.cuh"))
     return Extension(
         name,
         sources=(CSRC / f"{stem}.cu", CSRC / f"{stem}_bindings.cpp"),
-        headers=(*shared, *sorted(CSRC.glob(f"{stem}*.h")), *sorted(CSRC.glob(f"{stem}*.cuh"))),
+        headers=tuple(dict.fromkeys((*shared, *sorted(CSRC.glob(f"{stem}*.h")), *sorted(CSRC.glob(f"{stem}*.cuh"))))),
         generated=(("codebook.h", codebook_header()), ("seed_codebook.h", seed_codebook_header())),
         flags=(f"-DMQ_MODULE={name}", *flags),
     )
