@@ -21,6 +21,7 @@ SUITES = {
     "store": "manthanquant.bench.store",
     "vectors": "manthanquant.bench.vectors",
     "decode": "manthanquant.bench.decode",
+    "prefill": "manthanquant.bench.prefill",
 }
 CPU_SUITE = "cpu"  # needs no GPU, and prints a table of its own
 PEER_PACKAGES = ("vllm",)

@@ -64,7 +64,7 @@ def _ours(fmt: Format, kind: str, shape: tuple[int, int, int], page_tokens: int,
     requests, length, caches = shape
     device, sinks = torch.device("cuda"), SINK_TOKENS if recent_tokens else 0
     tables = _tables(shape, page_tokens)
-    cache = _random_cache(fmt, tables.numel(), page_tokens)
+    cache = random_cache(fmt, tables.numel(), page_tokens)
     hot, exact_bytes = _hot_pool(tables, length, page_tokens, recent_tokens) if recent_tokens else (None, 0)
     transform = decode_transform(random_transform(kind, fmt, KV_HEADS, HEAD_SIZE), fmt, HEAD_SIZE, device)
     attention = DecodeAttention(
@@ -95,7 +95,7 @@ def _ours(fmt: Format, kind: str, shape: tuple[int, int, int], page_tokens: int,
     return Result("decode", _case(shape), subject, milliseconds(calls), moved)
 
 
-def _random_cache(fmt: Format, pages: int, page_tokens: int) -> Tensor:
+def random_cache(fmt: Format, pages: int, page_tokens: int) -> Tensor:
     """Random codes under plausible scales."""
     size = fmt.token_bytes(HEAD_SIZE)
     shape = (pages, KV_HEADS, page_tokens, size)
