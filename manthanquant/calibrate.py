@@ -11,10 +11,12 @@ gain (B_ii / A_ii)^(1/4); with any transform it is built from the eigenvectors o
 eigenvalues (A_ii B_ii for gains) say how much a channel matters, which decides who gets the wider codes. Values follow
 the same rule with A from values and B = W_o^T W_o.
 
-Two things keep the result from fitting the calibration text: half of each moment is unweighted, and keys and queries
-are turned back to position 0, where the text's positions do not matter, and their moments are then averaged over all
-positions up to the served length, in closed form (`hf.Rotary`). Pairs closer than the exact tiers are left out: their
-keys are not coded.
+The mean that keys lose is weighted in the same way: it is the point about which A is least.
+
+Two things keep the result from fitting the calibration text: a quarter of each moment is unweighted, and keys and
+queries are turned back to position 0, where the text's positions do not matter, and their moments are then averaged
+over all positions up to the served length, in closed form (`hf.Rotary`). Pairs closer than the exact tiers are left
+out: their keys are not coded.
 """
 
 from __future__ import annotations
@@ -43,9 +45,11 @@ from manthanquant.transform import (
 
 DEFAULT_KINDS: dict[str, Kind] = {"k3v3": "gain", "k42v3": "gain", "k42v42": "dense", "k4v4": "gain"}
 KINDS: tuple[Kind, ...] = ("gain", "dense")
-WINDOW_TOKENS = 2560  # at most; the built-in text is one window
-MAX_WINDOWS = 4
+MAX_TOKENS = 10_240  # of a text that count
+WINDOW_TOKENS = 1280  # at most: several short windows, as attention costs the square
+_WINDOW_RECENT = 4  # or this many times the recent tier where that is more: pairs within it do not count
 MIN_TOKENS = 512
+_WEIGHTED_SHARE = 0.75  # of a blended moment; the rest is unweighted
 _SHRINK = 0.003  # of a moment's mean diagonal, added to it: what was never seen still gets some of the code
 _BUILT_IN_TEXT = "calibration.txt"
 
@@ -55,7 +59,7 @@ class LayerStatistics:
     """Moments of one layer, fp64, one a KV head, each of trace 1.
 
     Attributes:
-        mean: fp64 `[KV heads, D]`, the keys' mean over the text and over positions.
+        mean: fp64 `[KV heads, D]`, the keys' weighted mean over the text, and its mean over positions.
         key: `[KV heads, D, D]`, of keys about `mean`.
         query, value, output: `[KV heads, D, D]`: of queries, of values, and of the output projection.
     """
@@ -68,7 +72,7 @@ class LayerStatistics:
 
 
 def built_in_text() -> str:
-    """The calibration text that ships: about 2,400 tokens of varied English, code, lists and tables."""
+    """The calibration text that ships: about 5,500 tokens of prose, dialogue, code, logs and tables."""
     return resources.files("manthanquant").joinpath("data", _BUILT_IN_TEXT).read_text(encoding="utf-8")
 
 
@@ -88,7 +92,7 @@ def calibrate(
     Args:
         max_positions: the served length: statistics are averaged over positions 0 to `max_positions - 1`.
         text: instead of the built-in one; at least `MIN_TOKENS` tokens, of which the first
-            `MAX_WINDOWS * WINDOW_TOKENS` count.
+            `MAX_TOKENS` count.
         kind: `gain` or `dense`, instead of the format's default.
         recent_tokens, sink_tokens: the exact tiers; pairs of tokens within them do not count.
 
@@ -123,7 +127,8 @@ def measure(
     Raises:
         ModelError, CalibrationError: as `calibrate`.
     """
-    windows = list(_windows(model, text, max_positions))
+    length = min(max(WINDOW_TOKENS, _WINDOW_RECENT * recent_tokens), max_positions)
+    windows = list(_windows(model, text, length))
     sums: dict[int, _Sums] = {}
     rotaries = model.rotaries(max_positions)
 
@@ -138,18 +143,17 @@ def measure(
     return {layer: s.statistics() for layer, s in sorted(sums.items())}
 
 
-def _windows(model: Model, text: str, max_positions: int) -> Iterator[Tensor]:
-    """The text's tokens in windows, each behind the leading token that the tokenizer puts before a prompt."""
+def _windows(model: Model, text: str, length: int) -> Iterator[Tensor]:
+    """The text's tokens in windows of at most `length`, each behind the tokenizer's own leading token."""
     tokens = model.tokens(text)
-    length = min(WINDOW_TOKENS, max_positions)
     if len(tokens) < MIN_TOKENS or length < MIN_TOKENS:
         raise CalibrationError(
-            f"calibration needs {MIN_TOKENS} tokens or more: the text has {len(tokens)} and the served length is "
-            f"{max_positions}; give a longer text or serve with the calibration off"
+            f"calibration needs {MIN_TOKENS} tokens or more: the text has {len(tokens)} and the served length "
+            f"allows windows of {length}; give a longer text or serve with the calibration off"
         )
     empty = model.tokens("")
     lead = tokens[: len(empty)] if len(empty) and torch.equal(tokens[: len(empty)], empty) else tokens[:0]
-    body = tokens[len(lead) : len(lead) + MAX_WINDOWS * (length - len(lead))]
+    body = tokens[len(lead) : MAX_TOKENS]
     for part in body.tensor_split(-(-len(body) // (length - len(lead)))):
         yield torch.cat([lead, part])
 
@@ -237,7 +241,9 @@ class _Sums:
 
     def statistics(self) -> LayerStatistics:
         sums = self.totals
-        mean = self.rotary.average_vector(sums["key1"] / sums["key0"][:, None], self.span)
+        weight = sums["weighted_key0"][:, None]
+        mean = torch.where(weight > 0, sums["weighted_key1"] / weight, sums["key1"] / sums["key0"][:, None])
+        mean = self.rotary.average_vector(mean, self.span)
 
         def keys(name: str) -> Tensor:
             """The second moment about the mean that is taken off, over all positions."""
@@ -264,10 +270,10 @@ def _trace(moment: Tensor) -> Tensor:
 
 
 def _blend(plain: Tensor, weighted: Tensor) -> Tensor:
-    """Half of each, at trace 1; all of `plain` where no pair had any weight."""
+    """Both at trace 1, mixed by `_WEIGHTED_SHARE`; all of `plain` where no pair had any weight."""
     plain = plain / _trace(plain)
     total = _trace(weighted)
-    return torch.where(total > 0, (plain + weighted / total.clamp_min(1e-300)) / 2, plain)
+    return torch.where(total > 0, torch.lerp(plain, weighted / total, _WEIGHTED_SHARE), plain)
 
 
 def _power(moment: Tensor, exponent: float) -> Tensor:

@@ -25,7 +25,7 @@ from manthanquant import formats
 from manthanquant.formats import SIDES, Format
 from manthanquant.transform import Kind, LayerTransform, SideTransform, gain_transform, hadamard_transform
 
-SCHEMA = 2  # of the file and of the statistics behind it: a change of either makes old files unknown
+SCHEMA = 3  # of the file and of the statistics behind it: a change of either makes old files unknown
 CHECKSUM_SUFFIX = ".sha256"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
