@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from manthanquant.bench.inputs import random_transform
+from manthanquant.bench.inputs import random_cache, random_transform
 from manthanquant.bench.result import OURS, Result
 from manthanquant.bench.timing import Call, milliseconds
 from manthanquant.cuda.decode import DecodeAttention, decode_transform
 from manthanquant.formats import K3V3, K42V3, K42V42, SIDES, UNIT_TOKENS, Format
-from manthanquant.packing import pages_as_units
-from manthanquant.quantize import scales_to_bytes
 from manthanquant.reference import HotPool
 
 HEADS, KV_HEADS, HEAD_SIZE = 32, 8, 128
@@ -64,7 +61,7 @@ def _ours(fmt: Format, kind: str, shape: tuple[int, int, int], page_tokens: int,
     requests, length, caches = shape
     device, sinks = torch.device("cuda"), SINK_TOKENS if recent_tokens else 0
     tables = _tables(shape, page_tokens)
-    cache = random_cache(fmt, tables.numel(), page_tokens)
+    cache = random_cache(fmt, (tables.numel(), KV_HEADS, page_tokens), HEAD_SIZE)
     hot, exact_bytes = _hot_pool(tables, length, page_tokens, recent_tokens) if recent_tokens else (None, 0)
     transform = decode_transform(random_transform(kind, fmt, KV_HEADS, HEAD_SIZE), fmt, HEAD_SIZE, device)
     attention = DecodeAttention(
@@ -93,21 +90,6 @@ def _ours(fmt: Format, kind: str, shape: tuple[int, int, int], page_tokens: int,
     tier = f", newest {recent_tokens} exact" if recent_tokens else ""
     subject = f"{OURS} {fmt.name} {kind}, pages of {page_tokens}{tier}"
     return Result("decode", _case(shape), subject, milliseconds(calls), moved)
-
-
-def random_cache(fmt: Format, pages: int, page_tokens: int) -> Tensor:
-    """Random codes under plausible scales."""
-    size = fmt.token_bytes(HEAD_SIZE)
-    shape = (pages, KV_HEADS, page_tokens, size)
-    words = torch.randint(-(2**31), 2**31, (math.prod(shape) // 4,), dtype=torch.int32, device="cuda")
-    cache = words.view(torch.uint8).view(shape)
-    units = pages_as_units(cache, fmt, HEAD_SIZE)
-    scales = units[..., fmt.scale_offset(HEAD_SIZE) :].unflatten(-1, (8, 2, 2, 2))  # token % 8, side, token / 8, bytes
-    for index, side in enumerate(SIDES):
-        classes = len(fmt.bits(side))
-        random = 0.3 + 0.6 * torch.rand(*scales.shape[:4], 2, classes, device="cuda")
-        scales[..., index, :, :] = scales_to_bytes(random)
-    return cache
 
 
 def _hot_pool(tables: Tensor, length: int, page_tokens: int, recent_tokens: int) -> tuple[HotPool, int]:

@@ -9,8 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from manthanquant.bench.decode import HEAD_SIZE, HEADS, KV_HEADS, PAGE_TOKENS, SCALE, random_cache
-from manthanquant.bench.inputs import random_transform
+from manthanquant.bench.inputs import random_cache, random_transform
 from manthanquant.bench.result import OURS, Result
 from manthanquant.bench.timing import milliseconds
 from manthanquant.cuda.decode import DecodeAttention, decode_transform
@@ -24,6 +23,8 @@ from manthanquant.cuda.prefill import (
 from manthanquant.formats import K3V3, K42V3, K42V42, Format
 from manthanquant.vllm_plugin.flash_attention import flash_attention
 
+HEADS, KV_HEADS, HEAD_SIZE, PAGE_TOKENS = 32, 8, 128, 64
+SCALE = HEAD_SIZE**-0.5
 CHUNKS = (1024, 2048, 4096, 16384)
 PREFIXES = (16384, 65536, 131072)
 FEW_QUERIES, FEW_AFTER = (4, 16, 64, 256), 65536  # where decode attention may be the faster one
@@ -129,9 +130,8 @@ def _flash_attention(queries: int, prefix: int) -> Result:
 def _result(subject: str, queries: int, prefix: int, token_bytes: int, taken: float) -> Result:
     moved = KV_HEADS * token_bytes + 2 * queries * HEADS * HEAD_SIZE * ELEMENT_BYTES
     pairs = queries * prefix + queries * (queries + 1) // 2
-    teraflops = 4 * pairs * HEADS * HEAD_SIZE / taken / 1e9
     case = f"{queries:,} queries after {prefix:,} tokens, {HEADS} / {KV_HEADS} heads, D={HEAD_SIZE}"
-    return Result("prefill", case, subject, taken, moved, f"{teraflops:.0f} TFLOP/s")
+    return Result("prefill", case, subject, taken, moved, operations=4 * pairs * HEADS * HEAD_SIZE)
 
 
 def _attention(fmt: Format, dense: DenseAttention, max_tokens: int) -> PrefillAttention:
@@ -155,7 +155,7 @@ def _pages(fmt: Format, tokens: int) -> tuple[Tensor, Tensor]:
     """A cache of random codes, and one request's block table over its pages in random order."""
     pages = tokens // PAGE_TOKENS
     table = torch.randperm(pages, dtype=torch.int32, device="cuda")[None]
-    return random_cache(fmt, pages, PAGE_TOKENS), table
+    return random_cache(fmt, (pages, KV_HEADS, PAGE_TOKENS), HEAD_SIZE), table
 
 
 def _random(tokens: int, heads: int) -> Tensor:

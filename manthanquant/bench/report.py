@@ -25,15 +25,15 @@ class Setting:
 
 
 def table(results: Sequence[Result], roof: Roof) -> str:
-    """Markdown, one line a result; shares are of the measured read bandwidth."""
+    """Markdown, one line a result; shares are of the measured read bandwidth, where memory bounds the call."""
     rows = [
         (
             r.suite,
             r.case,
             r.subject,
             f"{r.milliseconds:.4f}",
-            f"{r.gigabytes_per_second:,.0f}",
-            f"{100 * r.gigabytes_per_second / roof.read:.0f}%",
+            f"{r.teraflops:,.0f} TFLOP/s" if r.operations else f"{r.gigabytes_per_second:,.0f}",
+            "" if r.operations else f"{100 * r.gigabytes_per_second / roof.read:.0f}%",
             r.note,
         )
         for r in results
@@ -51,12 +51,13 @@ def write_json(path: Path, results: Sequence[Result], roof: Roof, setting: Setti
 
 
 def draw(path: Path, results: Sequence[Result], roof: Roof, setting: Setting) -> None:
-    """A bar a result: its share of the read bandwidth. Needs matplotlib."""
+    """A bar a result that memory bounds: its share of the read bandwidth. Needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    results = [r for r in results if not r.operations]
     figure, axes = pyplot.subplots(figsize=(11, 0.32 * len(results) + 1.2))
     shares = [100 * r.gigabytes_per_second / roof.read for r in results]
     colours = ["#1f6f8b" if r.is_ours else "#b8b8b8" for r in results]

@@ -18,6 +18,7 @@ class Result:
         milliseconds: of one call.
         bytes: device memory that the call must move at least, each input once and each output once.
         note: what else to know; empty for nothing.
+        operations: floating-point operations of a call that the matrix units bound; 0: memory bounds it.
     """
 
     suite: str
@@ -26,10 +27,15 @@ class Result:
     milliseconds: float
     bytes: int
     note: str = ""
+    operations: int = 0
 
     @property
     def gigabytes_per_second(self) -> float:
         return self.bytes / self.milliseconds / 1e6
+
+    @property
+    def teraflops(self) -> float:
+        return self.operations / self.milliseconds / 1e9
 
     @property
     def is_ours(self) -> bool:

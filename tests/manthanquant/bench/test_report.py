@@ -27,6 +27,12 @@ def test_table_states_bandwidth_and_share() -> None:
     assert len({len(line) for line in lines}) == 1
 
 
+def test_what_the_matrix_units_bound_has_no_share_of_bandwidth() -> None:
+    result = Result("prefill", "a chunk", OURS, 2.0, 40_000_000, operations=10**12)
+    cells = [cell.strip() for cell in table([result], ROOF).splitlines()[2].split("|")]
+    assert cells[4:7] == ["2.0000", "500 TFLOP/s", ""]
+
+
 def test_json_holds_every_number(tmp_path: Path) -> None:
     write_json(tmp_path / "bench.json", RESULTS, ROOF, SETTING)
     content = json.loads((tmp_path / "bench.json").read_text())
