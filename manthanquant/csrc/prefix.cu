@@ -6,10 +6,11 @@
 //   1. Load the lane's words and permute bytes to levels, as decode attention does (decode_codes.cuh).
 //   2. Levels to the A fragments of mma.m16n8k16: small integers, exact in fp16. Key registers are rows of tokens
 //      already; value registers are rows of channels, and one 8 x 8 transposition turns them.
-//   3. X = Y T^-T on the tensor cores. A rotation needs no matrix in memory (rotation.cuh) and its sums are exact; a
-//      calibrated transform is a matrix in shared memory.
+//   3. X = Y T^-T on the tensor cores. A rotation needs no matrix in memory (rotation.cuh), and its sums are exact. A
+//      dense transform is a matrix in shared memory.
 //   4. Scales, which belong to rows, and what belongs to channels (norm, sign, 1 / gain, key mean) in fp32; then round
 //      once and write. The columns of T^-1 are dealt so that a lane ends up with four consecutive channels of a block.
+//      A gain's channels go to their places by way of shared memory.
 //
 // Units that the exact tier holds are copied from it, and so are the chunk's own tokens behind the prefix, so that one
 // dense call sees both. Per token and head 100 bytes are read and 512 written (k3v3, D = 128).
@@ -58,7 +59,7 @@ __device__ constexpr int output_channel(int tile, int column) { return 4 * (colu
 template <int kClasses>
 using Sums = float[kClasses][2][4];
 
-// T^-1 is a rotation, and what a channel is multiplied by. H of order 16 n is H_n (x) H_16: first sums and differences
+// T^-1 is a rotation, then factors and places of channels, which are not applied here. H of order 16 n is H_n (x) H_16: first sums and differences
 // of whole blocks, then one 16 x 16 fragment for all. Levels are small integers (4 bits: halves), and so are their
 // sums: both steps are exact, in fp16 and in the accumulator.
 template <class Side, bool kIsKey>
