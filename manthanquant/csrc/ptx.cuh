@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <type_traits>
 
+#ifndef MQ_STMATRIX  // 0 forces what serves architectures before sm_90
+#define MQ_STMATRIX (__CUDA_ARCH__ >= 900)
+#endif
+
 namespace mq {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
@@ -97,12 +101,59 @@ __device__ __forceinline__ void mma_16bit(float (&c)[4], const uint32_t (&a)[4],
     }
 }
 
+// C = A B.
+template <class Element>
+__device__ __forceinline__ void mma_16bit_first(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%10,%10,%10};"
+            : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.f));
+    } else {
+        static_assert(std::is_same_v<Element, __half>);
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%10,%10,%10};"
+            : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.f));
+    }
+}
+
+// Four 8 x 8 matrices of 16-bit elements in shared memory, as fragments. Lane 8 m + i points at row i of matrix m.
+__device__ __forceinline__ void load_matrices(uint32_t (&fragments)[4], uint32_t row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(fragments[0]), "=r"(fragments[1]), "=r"(fragments[2]), "=r"(fragments[3])
+                 : "r"(row)
+                 : "memory");
+}
+
+// The same, each transposed on its way.
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&fragments)[4], uint32_t row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(fragments[0]), "=r"(fragments[1]), "=r"(fragments[2]), "=r"(fragments[3])
+                 : "r"(row)
+                 : "memory");
+}
+
 // Transposes an 8 x 8 matrix of 16-bit elements that is spread over the warp: lane 4 g + c holds row g, columns 2 c
 // and 2 c + 1. Turns a C fragment into a B fragment without shared memory.
 __device__ __forceinline__ uint32_t transpose_8x8(uint32_t row_pair) {
     uint32_t result;
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(row_pair));
     return result;
+}
+
+// The reverse of load_matrices_transposed.
+__device__ __forceinline__ void store_matrices_transposed(uint32_t row, const uint32_t (&fragments)[4]) {
+#if MQ_STMATRIX
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row), "r"(fragments[0]),
+                 "r"(fragments[1]), "r"(fragments[2]), "r"(fragments[3])
+                 : "memory");
+#else
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+        const uint32_t address = __shfl_sync(kFullWarp, row, 8 * m + lane / 4) + 4 * (lane % 4);
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(transpose_8x8(fragments[m])) : "memory");
+    }
+#endif
 }
 
 // -- barriers ------------------------------------------------------------------------------------------------------

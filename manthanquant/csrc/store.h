@@ -8,20 +8,21 @@
 namespace mq {
 
 // One side, keys or values, of the new tokens. Strides are in elements; rows of `head_size` elements are contiguous
-// and start at multiples of 8 bytes.
+// and start at multiples of 16 bytes.
 struct StoreSide {
     const void* input;  // [tokens, kv heads, head size], bf16 or fp16 (MQ_STORE_ELEMENT)
-    int64_t token_stride;
-    int64_t head_stride;
-    // Rotation: the sign bit of each channel, [head size / 16][4] pairs of words; see RotationOperand. Matrix: the B
-    // fragments of T, [heads][head size / 16][head size / 16][32] times four words; see MatrixOperand.
+    int32_t token_stride;
+    int32_t head_stride;
+    // B fragments, [32 lanes] times four words each. Rotation: [heads][2][head size / 16], of the blocks on the diagonal
+    // before blocks are mixed, and their negatives; see RotationOperand. Matrix: [heads][head size / 16 of k][head size
+    // / 16 of n].
     const void* operand;
     int64_t operand_head_stride;  // in bytes; 0 where all heads share one operand
+    const uint32_t* order;  // rotation: the order of channels, [heads][head size / 16][32], see Inbox::reorder; or null
     bool is_matrix;
     const float* minus_mean;  // [kv heads, head size], keys only: -T mean; null for no mean
     float output_scale[2];  // T x times this is the transformed vector; one a class of channels
     void* hot_pool;       // bf16 [slots, kv heads, 16, head size]; null for none
-    uint32_t zero = 0;    // always 0, and unknown to the compiler; see MatrixOperand
 };
 
 struct StoreParams {
@@ -36,6 +37,7 @@ struct StoreParams {
     int kv_heads;
     int page_units;
     int page_shift;  // log2(page_units), or -1 where that is no whole number: a shift beats a division
+    int window = 0;  // tokens a warp looks at, at most 16: set at launch
 };
 
 // Queues the kernel; does not synchronise.

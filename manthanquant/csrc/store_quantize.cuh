@@ -1,9 +1,8 @@
 // The store's arithmetic on one block of a tile: 16 rows x 16 channels in C-fragment layout, to codes.
 //
 // It runs two elements an instruction. u = |y| sqrt(n) / |vector| is rounded to fp16 before it is compared with the
-// (rounded) boundaries: the decision can differ from fp32's where u is within `kTie` of a boundary, where both codes
-// cost the same to second order. A comparison is one saturating FMA: two different fp16 numbers near a boundary (none
-// is below 0.25) are at least 2^-12 apart, so saturate((u - boundary) * 2^12) is exactly 0 or 1.
+// (rounded) boundaries: the decision can differ from fp32's where u is within `tie` (manthanquant/cuda/store.py) of a
+// boundary, where both codes cost the same to second order. A level is a staircase: each comparison, 0 or 1, adds a rise.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -26,9 +25,9 @@ __device__ __forceinline__ float sum_of_four_lanes(float x) {
 
 // Two elements quantised.
 struct QuantizedPair {
-    __half2 magnitude;  // |u|
-    __half2 level;      // unsigned, in units of 1 / Quantizer::kUnit
-    uint32_t code;      // in the low byte of each half, whose lowest or highest bits it is; see Quantizer::codes
+    __half2 value;  // u
+    __half2 level;  // with u's sign, in units of 1 / Quantizer::kUnit
+    uint32_t code;  // in the low byte of each half; see Quantizer::nibbles
 };
 
 template <int kBits>
@@ -39,98 +38,93 @@ struct Quantizer {
     static constexpr float kLevelScale = kBits == 4 ? 2.f : 1.f;
     static constexpr float kUnit = Book::unit * kLevelScale;
 
-    // `u` is y sqrt(n) / |vector|, in fp16, signs kept.
+    // `u` is y sqrt(n) / |vector|, in fp16, signs kept. `kHighNibble`: where in its byte the code goes.
+    template <bool kHighNibble>
     __device__ static __forceinline__ QuantizedPair pair(__half2 u) {
         constexpr Steps kSteps = steps();
         constexpr uint32_t kSigns = 0x80008000u;
-        const __half2 magnitude = half2_of(bits_of(u) & ~kSigns);
         __half2 level = both_halves(kSteps.first_level);
 #pragma unroll
-        for (int i = 0; i < kHalf - 1; ++i) {
-            const __half2 step = __hfma2_sat(magnitude, both_halves(kStepScale), both_halves(kSteps.minus_boundary[i]));
-            level = __hfma2(step, both_halves(kSteps.rise[i]), level);
-        }
+        for (int i = 0; i < kHalf - 1; ++i)
+            level = __hfma2(__hgt2(__habs2(u), both_halves(kSteps.boundary[i])), both_halves(kSteps.rise[i]), level);
         if constexpr (kBits == 4) {
             // Take the rank off the level again. Adding 1.5 * 2^10 rounds to a whole number, in the lowest bits.
             constexpr float kRound = 1536.f;
             constexpr uint32_t kSignPlace = 0x00080008u;
             const __half2 whole = __hfma2(level, both_halves(1.f / kRankStep), both_halves(kRound));
             level = __hfma2(__hsub2(whole, both_halves(kRound)), both_halves(-kRankStep), level);
-            const uint32_t sign = bits_of(u) >> 12;
-            return {magnitude, level, (sign & kSignPlace) | (bits_of(whole) & ~kSignPlace)};
+            const uint32_t code = (bits_of(u) >> 12 & kSignPlace) | (bits_of(whole) & ~kSignPlace);
+            return {u, half2_of(bits_of(level) | (bits_of(u) & kSigns)), code};
         } else {
-            // 128 +- (level + offset), whose highest bits are the code, under a leading 2^10: the low byte.
-            constexpr float kLead = 1024.f + 128.f;
-            constexpr uint32_t kOne = 0x3c003c00u;
-            const __half2 sign = half2_of((bits_of(u) & kSigns) | kOne);
-            return {magnitude, level,
-                    bits_of(__hfma2(__hadd2(level, both_halves(kCodeOffset)), sign, both_halves(kLead)))};
+            // 8 +- slope * level, rounded, has the code in the highest bits of its nibble. A leading 2^10 puts it into
+            // the lowest bits of the number.
+            constexpr float kPlace = kHighNibble ? 16.f : 1.f;
+            level = half2_of(bits_of(level) | (bits_of(u) & kSigns));
+            return {u, level,
+                    bits_of(__hfma2(level, both_halves(kPlace * kSlope), both_halves(1024.f + kPlace * 8.f)))};
         }
     }
 
-    // The codes of two pairs as bytes, as the page stores them (4 bits: sign-magnitude).
-    __device__ static __forceinline__ uint32_t codes(uint32_t first, uint32_t second) {
-        const uint32_t bytes = __byte_perm(first, second, 0x6420u);
-        constexpr uint32_t kMask = 0x01010101u * (Book::count - 1);
-        return kBits == 4 ? bytes & kMask : bytes >> (8 - kBits) & kMask;
+    // The codes in the low nibbles of bytes `low` and the high nibbles of bytes `high` (4 bits: low ones too), as
+    // nibbles of one word, as the page stores them (4 bits: sign-magnitude).
+    __device__ static __forceinline__ uint32_t nibbles(uint32_t low, uint32_t high) {
+        constexpr uint32_t kLow = 0x0f0f0f0fu, kMask = 0x11111111u * (Book::count - 1);
+        if constexpr (kBits == 4) high <<= 4;
+        const uint32_t both = (low & kLow) | (high & ~kLow);
+        return kBits == 4 ? both : both >> (4 - kBits) & kMask;
     }
 
 private:
     static constexpr float kRankStep = 256.f;
-    static constexpr float kStepScale = 4096.f;  // 2^12
-
-    // `x` in [2^-8, 8) rounded to fp16's eleven bits.
-    static constexpr float round_to_fp16(float x) {
-        float last = 0x1p-18f;  // value of the last bit
-        while (x >= 2048.f * last) last *= 2.f;
-        return static_cast<float>(static_cast<int>(x / last + 0.5f)) * last;
-    }
-
     // The positive half of the codebook as a staircase. 4 bits: each step also adds kRankStep, which carries the rank
     // of the level along.
     struct Steps {
         float first_level;
-        float minus_boundary[kHalf];  // times kStepScale
+        float boundary[kHalf];  // at unit variance
         float rise[kHalf];
     };
     static constexpr Steps steps() {
         Steps result{Book::levels[kHalf] * kLevelScale, {}, {}};
         for (int i = 0; i < kHalf - 1; ++i) {
-            result.minus_boundary[i] = -round_to_fp16(Book::boundaries[kHalf + i]) * kStepScale;
+            result.boundary[i] = Book::boundaries[kHalf + i];
             result.rise[i] = (Book::levels[kHalf + i + 1] - Book::levels[kHalf + i]) * kLevelScale +
                              (kBits == 4 ? kRankStep : 0.f);
         }
         return result;
     }
 
-    // The least offset such that the highest bits of 128 +- (level + offset) are the code.
-    static constexpr int code_offset() {
-        for (int offset = 0; offset < 64; ++offset) {
+    // A slope such that the highest bits of the nibble 8 +- slope * level are the code, by a margin that rounding to
+    // whole numbers and to fp16 does not use up.
+    static constexpr float slope() {
+        constexpr float kStep = 0x1p-12f, kMargin = 0.05f;
+        constexpr int kCell = 16 / Book::count;
+        for (int i = 1; i < 4096; ++i) {
             bool fits = true;
             for (int rank = 0; rank < kHalf; ++rank) {
-                const int magnitude = static_cast<int>(Book::levels[kHalf + rank]) + offset;
-                fits = fits && (128 + magnitude) >> (8 - kBits) == kHalf + rank &&
-                       (128 - magnitude) >> (8 - kBits) == kHalf - 1 - rank && magnitude < 128;
+                const float x = i * kStep * Book::levels[kHalf + rank];
+                // 8 + x lies in the cell above, 8 - x in the one below, each from half a number before its first whole
+                // number to half a number behind its last.
+                const float least = kCell * rank + 0.5f, most = kCell * (rank + 1) - 0.5f;
+                fits = fits && x > least + kMargin && x < most - kMargin;
             }
-            if (fits) return offset;
+            if (fits) return i * kStep;
         }
-        return -1;
+        return 0.f;
     }
-    static constexpr float kCodeOffset = code_offset();
-    static_assert(kBits == 4 || code_offset() >= 0, "this codebook's levels do not tell its codes apart");
+    static constexpr float kSlope = kBits == 4 ? 0.f : slope();
+    static_assert(kBits == 4 || kSlope > 0.f, "this codebook's levels do not tell its codes apart");
 };
 
-// <|u|, level> of each row, summed over blocks on the tensor cores: of the products of all rows' magnitudes with all
-// rows' levels only the diagonal is wanted, and it costs two instructions a block.
+// The dot product of each row of A with the same row of B, summed over blocks on the tensor cores: of the products of
+// all rows with all rows only the diagonal is wanted, and it costs two instructions a block.
+template <class Element>
 struct RowDots {
     float low[4] = {}, high[4] = {};  // rows 0-7 x rows 0-7, rows 8-15 x rows 8-15
 
-    // Pairs of a block: [n tile][row g or g + 8].
-    __device__ __forceinline__ void add(const QuantizedPair (&q)[2][2]) {
-        const uint32_t a[4] = {bits_of(q[0][0].magnitude), bits_of(q[0][1].magnitude), bits_of(q[1][0].magnitude),
-                               bits_of(q[1][1].magnitude)};
-        mma_16bit<__half>(low, a, bits_of(q[0][0].level), bits_of(q[1][0].level));
-        mma_16bit<__half>(high, a, bits_of(q[0][1].level), bits_of(q[1][1].level));
+    // Both in the order of A fragments: {row g, row g + 8} of channels 2 c and 2 c + 1, then of 2 c + 8 and 2 c + 9.
+    __device__ __forceinline__ void add(const uint32_t (&a)[4], const uint32_t (&b)[4]) {
+        mma_16bit<Element>(low, a, b[0], b[2]);
+        mma_16bit<Element>(high, a, b[1], b[3]);
     }
 
     // Row g (0) or g + 8 (1), in all four lanes of g.

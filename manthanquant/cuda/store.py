@@ -17,14 +17,14 @@ from torch import Tensor
 
 from manthanquant.cuda.fragments import BLOCK, b_fragments
 from manthanquant.cuda.module import address, module_for, stream_of, traceable
-from manthanquant.formats import SIDES, UNIT_TOKENS, Format, Side, get_paged
+from manthanquant.formats import LANES, SIDES, UNIT_TOKENS, Format, Side, get_paged
 from manthanquant.jit.kernels import store_extension
 from manthanquant.packing import pages_as_units
 from manthanquant.reference import HotPool
-from manthanquant.transform import LayerTransform, SideTransform, hadamard_block, signs
+from manthanquant.transform import LayerTransform, SideTransform, hadamard, hadamard_block, signs
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_PARKED_BYTES = 64  # shared memory of one warp for each channel: 16 rows in fp32
+_PADDING = 8  # elements between rows of a tile in shared memory
 
 
 def tie(boundary: float) -> float:
@@ -37,14 +37,17 @@ class SideOperand:
     """One side's transform in the order of the kernel's registers.
 
     Attributes:
-        data: rotation: int32 `[D / 16, 4, 2]`, sign bits; matrix: 16-bit `[KV heads or 1, D / 16, D / 16, 32, 8]`.
+        fragments: 16-bit B fragments of 16 x 16 blocks. A rotation's: `[KV heads or 1, 2, D / 16, 32, 8]`, the diagonal
+            before blocks are mixed, and its negative. A matrix's: `[KV heads or 1, D / 16 in, D / 16 out, 32, 8]`.
         is_matrix: which of the two.
+        order: a rotation's order of channels, int32 `[KV heads, D / 16, 32]` (`Inbox::reorder`); None to leave it.
         minus_mean: fp32 `[KV heads, D]`, minus the key mean, transformed, in the kernel's output unit; None for none.
         output_scale: a class each: kernel's output unit to transformed vectors.
     """
 
-    data: Tensor
+    fragments: Tensor
     is_matrix: bool
+    order: Tensor | None
     minus_mean: Tensor | None
     output_scale: tuple[float, float]
 
@@ -75,7 +78,7 @@ def prepare(
     prepared = StoreTransform(fmt, head_size, dtype, *sides)
     if device.type == "cuda" and (prepared.key.is_matrix or prepared.value.is_matrix):
         has = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
-        needs = head_size * (head_size * dtype.itemsize + _PARKED_BYTES)
+        needs = dtype.itemsize * (head_size * head_size + UNIT_TOKENS * (head_size + _PADDING))
         if needs > has:
             raise ValueError(
                 f"transform: a {transform.key.kind} one of head size {head_size} needs {needs} bytes of shared memory, "
@@ -98,7 +101,7 @@ def store(
 
     Args:
         key, value: `[T or more, KV heads, D]` of the transform's dtype. Any strides of the first two dimensions that
-            are multiples of 4; other tensors are copied first.
+            are multiples of 8; other tensors are copied first.
         cache: uint8 `[pages, KV heads, page tokens, token bytes]`.
         slot_mapping: int64 `[T]`; below 0: skip. Tokens of one unit should be neighbours, in order (an engine lists a
             request's tokens so): such units are written whole. Any other order is right too, and slower. A slot listed
@@ -116,9 +119,11 @@ def store(
         cache,
         slot_mapping,
         transform.fmt.name,
-        transform.key.data,
+        transform.key.fragments,
+        transform.key.order,
         transform.key.minus_mean,
-        transform.value.data,
+        transform.value.fragments,
+        transform.value.order,
         [transform.key.is_matrix, transform.value.is_matrix],
         [*transform.key.output_scale, *transform.value.output_scale],
         transform.head_size,
@@ -136,9 +141,11 @@ def _launch(
     cache: Tensor,
     slot_mapping: Tensor,
     fmt_name: str,
-    key_operand: Tensor,
+    key_fragments: Tensor,
+    key_order: Tensor | None,
     key_minus_mean: Tensor | None,
-    value_operand: Tensor,
+    value_fragments: Tensor,
+    value_order: Tensor | None,
     is_matrix: list[bool],
     output_scale: list[float],
     head_size: int,
@@ -168,8 +175,8 @@ def _launch(
         module = module_for(store_extension(fmt, head_size, DTYPES[dtype]), cache.device)
         module.store(
             stream_of(cache.device),
-            _side_arguments(key, key_operand, is_matrix[0], key_minus_mean, output_scale[:2], hot_key),
-            _side_arguments(value, value_operand, is_matrix[1], None, output_scale[2:], hot_value),
+            _side_arguments(key, key_fragments, key_order, is_matrix[0], key_minus_mean, output_scale[:2], hot_key),
+            _side_arguments(value, value_fragments, value_order, is_matrix[1], None, output_scale[2:], hot_value),
             slot_mapping.data_ptr(),
             address(hot_slots),
             cache.data_ptr(),
@@ -187,15 +194,21 @@ _store = traceable("store", _launch, writes=("cache", "hot_key", "hot_value", "n
 
 
 def _side_arguments(
-    x: Tensor, operand: Tensor, is_matrix: bool, minus_mean: Tensor | None, scale: list[float], pool: Tensor | None
+    x: Tensor,
+    fragments: Tensor,
+    order: Tensor | None,
+    is_matrix: bool,
+    minus_mean: Tensor | None,
+    scale: list[float],
+    pool: Tensor | None,
 ) -> tuple[int | float | bool, ...]:
-    per_head = is_matrix and operand.shape[0] > 1
     return (
         x.data_ptr(),
         x.stride(0),
         x.stride(1),
-        operand.data_ptr(),
-        operand.stride(0) * operand.element_size() if per_head else 0,
+        fragments.data_ptr(),
+        fragments.stride(0) * fragments.element_size() if fragments.shape[0] > 1 else 0,
+        address(order),
         is_matrix,
         address(minus_mean),
         *scale,
@@ -204,9 +217,11 @@ def _side_arguments(
 
 
 def _loadable(x: Tensor) -> Tensor:
-    """`x`, or a copy that can be read eight bytes at a time."""
-    aligned = x.stride(2) == 1 and x.stride(0) % 4 == 0 and x.stride(1) % 4 == 0 and x.data_ptr() % 8 == 0
-    return x if aligned else x.clone(memory_format=torch.contiguous_format)
+    """`x`, or a copy that can be read sixteen bytes at a time."""
+    strided = all(stride % 8 == 0 and stride < 2**31 for stride in x.stride()[:2])
+    return (
+        x if x.stride(2) == 1 and strided and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+    )
 
 
 def _side_operand(
@@ -223,19 +238,35 @@ def _side_operand(
             "hd,hed->he", side.mean.double().cpu(), side.forward.double().cpu().expand(side.mean.shape[0], -1, -1)
         )
         minus_mean = (-turned / per_channel).float().to(device).contiguous()
-    if side.kind == "hadamard":
-        data = _sign_bits(head_size, name)
+    order = None
+    if normed:
+        factors = torch.tensor(signs(head_size, name), dtype=torch.float64)[None]
+        if side.order is not None and side.gain is not None:
+            factors = factors * side.gain.double().cpu()
+            order = _places(side.order.cpu()).to(device)
+        blocks = hadamard(BLOCK) * BLOCK**0.5 * factors.view(-1, 1, BLOCK)
+        plus = _fragments(blocks, name, dtype).view(factors.shape[0], head_size // BLOCK, LANES, -1)
+        fragments = torch.stack([plus, -plus], 1)
     else:
-        matrix = side.forward.double().cpu() / per_channel[:, None]
-        data = b_fragments(matrix, dtype, grouped_in=True, grouped_out=name == "key")  # as csrc/store.cu deals k and n
-    return SideOperand(data.to(device), side.kind != "hadamard", minus_mean, (scale[0], scale[-1]))
+        fragments = _fragments(side.forward.double().cpu() / per_channel[:, None], name, dtype)
+    return SideOperand(fragments.to(device), not normed, order, minus_mean, (scale[0], scale[-1]))
 
 
-def _sign_bits(head_size: int, side: Side) -> Tensor:
-    """int32 `[D / 16, 4, 2]`: sign bits of the channels 16 j + 4 c + (0, 1) and (2, 3), low half first."""
-    negative = torch.tensor(signs(head_size, side)).view(-1, 4, 2, 2) < 0
-    bits = negative[..., 0] * 0x8000 + negative[..., 1] * 0x80000000
-    return torch.where(bits >= 1 << 31, bits - (1 << 32), bits).int()
+def _fragments(matrix: Tensor, side: Side, dtype: torch.dtype) -> Tensor:
+    """`b_fragments` of `[H, N out, N in]`, whose rows csrc/store.cu deals to a block's 16 columns as it needs them."""
+    if side == "key":  # a lane's columns 2 c and 2 c + 1 of the two n tiles become channels 4 c to 4 c + 3, in turn
+        tile, pair, element = torch.meshgrid(torch.arange(2), torch.arange(4), torch.arange(2), indexing="ij")
+        within = (4 * pair + 2 * element + tile).flatten()
+        matrix = matrix.unflatten(1, (-1, BLOCK))[:, :, within].flatten(1, 2)
+    return b_fragments(matrix, dtype, grouped_in=False, grouped_out=False)
+
+
+def _places(order: Tensor) -> Tensor:
+    """`order` `[KV heads, D]` -> the byte at which a lane's row of a channel's tokens begins (`Inbox::reorder`)."""
+    row_bytes = UNIT_TOKENS // 2 * 2
+    lane = torch.arange(LANES)
+    channel = order.unflatten(1, (-1, BLOCK))[..., lane // 16 * 8 + lane % 8]
+    return (row_bytes * (lane // 8 % 2 * order.shape[1] + channel)).int().contiguous()
 
 
 assert UNIT_TOKENS == BLOCK  # a unit's tokens are the rows of one matrix instruction

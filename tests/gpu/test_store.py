@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -27,18 +28,18 @@ SCALE_STEPS = 1  # of the scale's last bit
 DTYPES = [torch.bfloat16, torch.float16]
 
 
-def transforms(kind, fmt, head_size, seed=0):
+def transforms(kind, fmt, head_size, seed=0, kv_heads=KV_HEADS):
     generator = torch.Generator().manual_seed(seed)
-    mean = 4 * torch.randn(KV_HEADS, head_size, generator=generator)
+    mean = 4 * torch.randn(kv_heads, head_size, generator=generator)
     if kind == "hadamard":
         return LayerTransform(*(hadamard_transform(fmt, side, head_size) for side in SIDES))
     if kind == "gain":
-        order = torch.stack([torch.randperm(head_size, generator=generator) for _ in range(KV_HEADS)])
-        gain = torch.rand(KV_HEADS, head_size, generator=generator) + 0.5
+        order = torch.stack([torch.randperm(head_size, generator=generator) for _ in range(kv_heads)])
+        gain = torch.rand(kv_heads, head_size, generator=generator) + 0.5
         return LayerTransform(
             gain_transform(fmt, "key", order, gain, mean), hadamard_transform(fmt, "value", head_size)
         )
-    matrix = torch.randn(2, KV_HEADS, head_size, head_size, generator=generator) / math.sqrt(head_size)
+    matrix = torch.randn(2, kv_heads, head_size, head_size, generator=generator) / math.sqrt(head_size)
     matrix += torch.eye(head_size)
     return LayerTransform(dense_transform(fmt, "key", matrix[0], mean), dense_transform(fmt, "value", matrix[1]))
 
@@ -101,13 +102,13 @@ def check_cache(actual, before, key, value, slots, fmt, transform):
     assert torch.equal(actual, expected)
 
 
-def new_cache(pages, page_tokens, fmt, head_size):
+def new_cache(pages, page_tokens, fmt, head_size, kv_heads=KV_HEADS):
     # Stale codes of an earlier owner; whole units of the reference's own making, so that padding bits are zero.
-    cache = torch.zeros(pages, KV_HEADS, page_tokens, fmt.token_bytes(head_size), dtype=torch.uint8, device="cuda")
+    cache = torch.zeros(pages, kv_heads, page_tokens, fmt.token_bytes(head_size), dtype=torch.uint8, device="cuda")
     tokens = pages * page_tokens
-    x = torch.randn(2, tokens, KV_HEADS, head_size, device="cuda")
+    x = torch.randn(2, tokens, kv_heads, head_size, device="cuda")
     everything = torch.arange(tokens, device="cuda")
-    transform = transforms("hadamard", fmt, head_size).to("cuda")
+    transform = transforms("hadamard", fmt, head_size, kv_heads=kv_heads).to("cuda")
     reference.store(x[0], x[1], cache, everything, fmt, transform)
     return cache
 
@@ -143,6 +144,32 @@ def test_any_chunk_at_any_offset(tokens, start):
     before = cache.clone()
     key, value = (torch.randn(tokens, KV_HEADS, head_size, device="cuda").bfloat16() for _ in range(2))
     gpu.store(key, value, cache, slots, prepared)
+    check_cache(cache, before, key, value, slots, fmt, transform)
+
+
+def test_channels_reordered_without_stmatrix(monkeypatch):
+    """What serves architectures before sm_90."""
+    monkeypatch.setattr(gpu, "store_extension", partial(gpu.store_extension, stmatrix=False))
+    test_any_chunk_at_any_offset(65, 15)
+
+
+@pytest.mark.parametrize("tokens", [8, 40, 3000])  # spread thinly, a window a warp, several tiles a warp
+@pytest.mark.parametrize("kind", ["hadamard", "gain", "dense"])
+def test_scattered_tokens_of_many_heads(tokens, kind):
+    """Decode steps: single tokens of many requests, chunks that begin and end anywhere between them."""
+    fmt, head_size, kv_heads = K42V3, 128, 8
+    torch.manual_seed(tokens)
+    units = torch.randperm(6400 // UNIT_TOKENS, device="cuda")[: tokens // UNIT_TOKENS + 2]
+    slots = (units[:, None] * UNIT_TOKENS + torch.arange(UNIT_TOKENS, device="cuda")).flatten()[5 : 5 + tokens]
+    single = torch.rand(tokens, device="cuda") < 0.1
+    slots[single] = slots[single][torch.randperm(int(single.sum()), device="cuda")]
+    transform = transforms(kind, fmt, head_size, kv_heads=kv_heads).to("cuda")
+    prepared = gpu.prepare(transform, fmt, head_size, torch.bfloat16, torch.device("cuda"))
+    cache = new_cache(100, 64, fmt, head_size, kv_heads)
+    before = cache.clone()
+    key, value = (torch.randn(tokens, kv_heads, head_size, device="cuda").bfloat16() for _ in "kv")
+    for _ in range(3):  # one after the other on a stream: a launch may begin before the last has ended
+        gpu.store(key, value, cache, slots, prepared)
     check_cache(cache, before, key, value, slots, fmt, transform)
 
 
