@@ -59,9 +59,9 @@ __device__ constexpr int output_channel(int tile, int column) { return 4 * (colu
 template <int kClasses>
 using Sums = float[kClasses][2][4];
 
-// T^-1 is a rotation, then factors and places of channels, which are not applied here. H of order 16 n is H_n (x) H_16: first sums and differences
-// of whole blocks, then one 16 x 16 fragment for all. Levels are small integers (4 bits: halves), and so are their
-// sums: both steps are exact, in fp16 and in the accumulator.
+// T^-1 is a rotation, then factors and places of channels, which are not applied here. H of order 16 n is
+// H_n (x) H_16: first sums and differences of whole blocks, then one 16 x 16 fragment for all. Levels are small
+// integers (4 bits: halves), and so are their sums: both steps are exact, in fp16 and in the accumulator.
 template <class Side, bool kIsKey>
 struct RotationOperand {
     static constexpr int classes = 1;  // an output channel sees one class
