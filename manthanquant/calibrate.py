@@ -43,7 +43,7 @@ from manthanquant.transform import (
     gain_transform,
 )
 
-DEFAULT_KINDS: dict[str, Kind] = {"k3v3": "gain", "k42v3": "gain", "k42v42": "dense", "k4v4": "gain"}
+DEFAULT_KINDS: dict[str, Kind] = {"k3v3": "gain", "k42v3": "dense", "k42v42": "dense", "k4v4": "gain"}
 KINDS: tuple[Kind, ...] = ("gain", "dense")
 MAX_TOKENS = 10_240  # of a text that count
 WINDOW_TOKENS = 1280  # at most: several short windows, as attention costs the square

@@ -79,20 +79,20 @@ def test_a_calibration_file_is_scored_as_it_serves(model_dir, model, text_file, 
     arguments += ["--max-positions", 1024, "--caches", "mq3", "--json", tmp_path / "out.json"]
     assert _run(*arguments, "--calibration", tmp_path / "c") == 0
     out = capsys.readouterr().out
-    assert "| k42v3, gain |" in out and "| fp8 (e4m3) |" in out and "| turboquant_3bit_nc |" in out
+    assert "| k42v3, dense |" in out and "| fp8 (e4m3) |" in out and "| turboquant_3bit_nc |" in out
     (run,) = json.loads((tmp_path / "out.json").read_text())["runs"]
     by_name = {score["cache"]: score for score in run["scores"]}
     assert run["tokens"] == 600 and run["scored"] == 200
-    assert by_name["k42v3, gain (c)"]["kld"] == by_name["k42v3, gain"]["kld"]
-    assert 0 < by_name["k42v3, gain"]["kld"] < by_name["seed3"]["kld"]
-    assert by_name["k42v3, gain"]["pair_bytes"] == 52
+    assert by_name["k42v3, dense (c)"]["kld"] == by_name["k42v3, dense"]["kld"]
+    assert 0 < by_name["k42v3, dense"]["kld"] < by_name["seed3"]["kld"]
+    assert by_name["k42v3, dense"]["pair_bytes"] == 52
 
 
 def test_the_table_names_what_was_measured():
-    scores = [quality.Score("k42v3, gain", 100, 0.00479, 0.0002, 0.0401, 0.961, 12.1, 0.0123)]
+    scores = [quality.Score("k42v3, dense", 100, 0.00479, 0.0002, 0.0401, 0.961, 12.1, 0.0123)]
     table = quality.markdown(quality.Run("a.txt", "ab" * 32, 2048, 1024, 12.0, scores))
     assert "a.txt: 2,048 tokens, the last 1,024 scored; exact perplexity 12.00 (text sha256 abababababab)" in table
-    assert "| k42v3, gain | 100 | 0.0048 ± 0.0002 | 0.040 | 96.1% | +1.2% |" in table
+    assert "| k42v3, dense | 100 | 0.0048 ± 0.0002 | 0.040 | 96.1% | +1.2% |" in table
 
 
 @pytest.mark.parametrize(
