@@ -6,9 +6,13 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from manthanquant import contract, formats, settings
 from manthanquant.capacity import ModelShape
+
+if TYPE_CHECKING:
+    from manthanquant.transform import Kind
 
 log = logging.getLogger(__name__)
 MIN_POSITIONS = 8192
@@ -52,7 +56,7 @@ def _find_or_make(
     fmt = formats.get_paged(wanted.format)
     text = Path(wanted.calibration_text).read_text() if wanted.calibration_text else calibrate.built_in_text()
     recent, sinks = wanted.recent_tokens, wanted.sink_tokens
-    kind = calibrate.DEFAULT_KINDS[fmt.name]
+    kind = calibrate.DEFAULT_KINDS[fmt.name] if wanted.calibration == "auto" else cast("Kind", wanted.calibration)
     key = calibration.cache_key(
         model, fmt, max_positions, text=text, kind=kind, recent_tokens=recent, sink_tokens=sinks
     )
@@ -64,7 +68,7 @@ def _find_or_make(
             log.warning("%s: calibrating anew", error)
     log.info("calibrating %s for %s", fmt.name, model)
     started = time.monotonic()
-    made = calibrate.calibrate(model, fmt, max_positions, text=text, recent_tokens=recent, sink_tokens=sinks)
+    made = calibrate.calibrate(model, fmt, max_positions, text=text, kind=kind, recent_tokens=recent, sink_tokens=sinks)
     made.save(path)
     seconds = round(time.monotonic() - started, 1)
     log.info("calibrated %s in %.1f s: %s", made.kind, seconds, path)

@@ -22,7 +22,7 @@ class SettingsError(ValueError):
 
 
 ENV_CALIBRATION_REPORT = "MANTHANQUANT_CALIBRATION_REPORT"  # internal: launcher to workers, JSON
-CALIBRATIONS = ("auto", "off")
+CALIBRATIONS = ("auto", "gain", "dense", "off")
 BACKENDS = ("auto", "torch")
 FLAGS = {
     "format": ("--kv-format", contract.ENV_FORMAT),
@@ -44,7 +44,8 @@ _HELP = {
     f"(default {contract.DEFAULT_RECENT_TOKENS})",
     "sink_tokens": f"first tokens of a request that are also kept exact (default {contract.DEFAULT_SINK_TOKENS})",
     "skip_layers": "comma-separated indices of layers that keep the engine's own cache",
-    "calibration": "auto: calibrate the key transform before serving, or find the one made before; off: Hadamard",
+    "calibration": "auto: calibrate the transform before serving, or find the one made before, of the kind that suits "
+    "the format; gain, dense: of this kind (dense has less error, gain costs a GPU less time); off: Hadamard",
     "calibration_text": "a text file to calibrate on, instead of the built-in text",
     "calibration_file": "a ready calibration; implies no search and no new one",
     "backend": "auto: the compiled kernels; torch: the PyTorch path",

@@ -108,7 +108,7 @@ def prefix_transform(transform: LayerTransform, fmt: Format, head_size: int, dev
         if needs > has:
             raise ValueError(
                 f"transform: a {transform.key.kind} one of head size {head_size} needs {needs} bytes of shared memory, "
-                f"this GPU has {has}: calibrate for Hadamard only"
+                f"this GPU has {has}: calibrate with --calibration gain"
             )
     return prepared
 

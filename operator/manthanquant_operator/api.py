@@ -189,8 +189,8 @@ class KVCacheSpec(Resource):
                 f" or use {DEFAULT_FORMAT}",
             ),
             rule(
-                "!has(self.calibrationTextRef) || self.calibration == 'auto'",
-                "calibrationTextRef needs calibration auto: remove it, or set calibration to auto",
+                "!has(self.calibrationTextRef) || self.calibration != 'off'",
+                "calibrationTextRef needs a calibration: remove it, or set calibration to auto",
             ),
             rule(
                 f"!has(self.skipLayers) || !(self.format in {_ENGINE_CEL})",
@@ -209,8 +209,10 @@ class KVCacheSpec(Resource):
         description="compressed: pages hold codes. shadow: the engine's cache serves, each write is also compressed"
         " and measured. off: the engine's cache alone. Default: what the format can do.",
     )
-    calibration: Literal["auto", "off"] = Field(
-        default="auto", description="auto: a key transform from a short text before serving, kept in kernelCache."
+    calibration: Literal["auto", "gain", "dense", "off"] = Field(
+        default="auto",
+        description="auto: transforms from a short text before serving, kept in kernelCache. gain, dense: of this kind;"
+        " dense has less error, gain costs a GPU less time. off: Hadamard, with far more error.",
     )
     calibration_text_ref: ConfigMapKeyRef | None = Field(
         default=None, description="Text to calibrate on, like what will be served; a built-in text when absent."

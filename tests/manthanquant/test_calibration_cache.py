@@ -42,9 +42,8 @@ class Maker:
         self.calls.append(settings)
         if self.fails:
             raise CalibrationError("the text has 3 tokens")
-        kind = calibrate.DEFAULT_KINDS[fmt.name]
-        key = calibration.cache_key(model, fmt, max_positions, kind=kind, **settings)
-        return Calibration(fmt.name, kind, {0: default_transform(fmt, 64)}, key)
+        key = calibration.cache_key(model, fmt, max_positions, **settings)
+        return Calibration(fmt.name, settings["kind"], {0: default_transform(fmt, 64)}, key)
 
 
 @pytest.fixture
@@ -81,6 +80,12 @@ def test_made_once_and_found_again(model: Path, maker: Maker) -> None:
 def test_other_settings_are_calibrated_anew(change: dict[str, Any], model: Path, maker: Maker) -> None:
     obtain(model)
     assert obtain(model, **change)[1].source == "Calibrated"
+
+
+@pytest.mark.parametrize("kind", calibrate.KINDS)
+def test_a_kind_asked_for_replaces_the_formats_own(kind: str, model: Path, maker: Maker) -> None:
+    assert obtain(model, calibration=kind)[1].transform == kind
+    assert obtain(model, calibration=kind)[1].source == "Cached"
 
 
 def test_another_model_is_calibrated_anew(model: Path, maker: Maker) -> None:

@@ -48,7 +48,7 @@ def test_engine_formats_are_native(name: str) -> None:
         (["--sink-tokens", "many"], "give a number of tokens"),
         (["--skip-layers", "1,x"], "give layer indices"),
         (["--skip-layers=-1"], "give layer indices"),
-        (["--calibration", "yes"], "use one of auto, off"),
+        (["--calibration", "yes"], "use one of auto, gain, dense, off"),
         (["--kernel-backend", "cuda"], "use one of auto, torch"),
         (["--kv-format", "seed3"], "it has no page"),
     ],
