@@ -9,11 +9,16 @@ import importlib.metadata
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import manthanquant
 from manthanquant.bench.report import Setting, draw, table, write_json
 from manthanquant.bench.result import Result
+
+if TYPE_CHECKING:
+    from manthanquant.bench.timing import Roof
 
 HELP = "time the kernels beside those of others"
 # Each has `run(peers) -> Iterator[Result]`.
@@ -64,13 +69,17 @@ def run(args: argparse.Namespace) -> int:
         for result in importlib.import_module(SUITES[name]).run(peers=not args.no_peers):
             print(f"{result.suite}: {result.case}: {result.subject}: {result.milliseconds:.4f} ms", flush=True)
             results.append(result)
+        if args.output:  # after each suite: a later one that fails leaves the results before it
+            _save(args.output, results, roof, setting)
     print("\n" + table(results, roof))
-    if args.output:
-        args.output.mkdir(parents=True, exist_ok=True)
-        write_json(args.output / "bench.json", results, roof, setting)
-        (args.output / "bench.md").write_text(_heading(setting, roof.read) + table(results, roof) + "\n")
-        draw(args.output / "bench.png", results, roof, setting)
     return 0
+
+
+def _save(output: Path, results: Sequence[Result], roof: Roof, setting: Setting) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "bench.json", results, roof, setting)
+    (output / "bench.md").write_text(_heading(setting, roof.read) + table(results, roof) + "\n")
+    draw(output / "bench.png", results, roof, setting)
 
 
 def _setting() -> Setting:
