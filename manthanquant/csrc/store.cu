@@ -6,11 +6,11 @@
 //   2. Y = X T^T on the tensor cores, all of it in accumulators. A rotation, with gains or without, is a small product
 //      and then sums and differences of accumulators; its order of channels costs a pass through shared memory. A
 //      dense transform is a matrix in shared memory.
-//   3. Norms, of X where T keeps them, else of Y. Then codes and EDEN scales, two elements an instruction.
+//   3. Norms by two shuffles among the four lanes of a token; then codes and EDEN scales, two elements an instruction.
 //   4. Pack and write. The columns of T are dealt to fragments so that a lane ends up with exactly the channels that
 //      the page wants it to own: keys need no exchange at all, values one 8 x 8 transposition of codes.
 //
-// A tile is about 950 instructions a lane, and issuing them is what takes the time: unrolled, so that none is spent on
+// A tile is about 1,000 instructions a lane, and issuing them is what takes the time: unrolled, so that none is spent on
 // addresses and loops. The grid is no larger than what runs at once.
 //
 // Which 16 tokens? A window is 16 consecutive entries of slot_mapping, or 8 where tokens are few. Tokens that fill a
@@ -46,7 +46,6 @@ using CacheUnit = Unit<MQ_FORMAT, MQ_HEAD_SIZE>;
 constexpr int kHeadSize = MQ_HEAD_SIZE;
 constexpr int kBlocks = kHeadSize / 16;  // blocks of 16 channels: k tiles of X, pairs of n tiles of Y
 constexpr int kRows = 16;                // of a tile
-constexpr int kProductBlocks = 4;      // of a rotation, at most, that one product takes
 
 constexpr int kWarps = 4;                                     // of a CTA
 constexpr int kMatrixWarps = kHeadSize > 128 ? 4 : 8;         // share a matrix in shared memory, if they fit
@@ -55,7 +54,7 @@ constexpr int kLeastWindow = 8;                               // tokens a warp l
 
 // Shared memory: the operand's fragments, then each warp's next X.
 constexpr int kMatrixBytes = kHeadSize * kHeadSize * 2;
-constexpr int kRotationBytes = 2 * kHeadSize * 16 * 2;
+constexpr int kRotationBytes = kHeadSize * 16 * 2;
 constexpr int kRowPitch = kHeadSize * 2 + 16;  // an odd number of 16 bytes: eight rows' reads meet no bank twice
 constexpr int kWarpBytes = kRows * kRowPitch;
 
@@ -144,54 +143,31 @@ __device__ __forceinline__ const uint4* request_fragments(const StoreSide& side,
 }
 
 // T = H diag(gains) P: P reorders channels, gains carry signs, H is block diagonal with Sylvester-Hadamard blocks,
-// H[m][k] = (-1)^popcount(m & k) within a block. The lower bits of m and k are a product by matrix instructions, of 16 x
-// 16 matrices with the gains of their k block, and of their negatives; the higher bits are sums and differences of whole
-// blocks of Y.
+// H[m][k] = (-1)^popcount(m & k) within a block. Bits 0 to 3 of m and k are a product by matrix instructions, with one
+// 16 x 16 matrix a block of channels, its gains in it; the higher bits are sums and differences of whole blocks of Y.
 template <class Side>
 struct RotationOperand {
     const uint4* fragments;  // [block][lane] -> {b0, b1} of the block's two n tiles
     const uint32_t* order;   // see Inbox::reorder; null to leave channels as they are
 
     __device__ RotationOperand(const StoreSide& side, int head, int lane)
-        : fragments(request_fragments<2 * kBlocks * kLanes>(side, head, lane)),
+        : fragments(request_fragments<kBlocks * kLanes>(side, head, lane)),
           order(side.order == nullptr ? nullptr : side.order + head * kBlocks * kLanes) {}
 
-    // Also the squared norms of Y, by class, where X tells them: a rotation alone keeps them.
-    __device__ __forceinline__ void multiply(float (&y)[2 * kBlocks][4], float (&square)[2][Side::classes],
-                                             const Inbox& inbox, bool norms, int lane) const {
+    __device__ __forceinline__ void multiply(float (&y)[2 * kBlocks][4], const Inbox& inbox) const {
         uint32_t x[kBlocks][4];
 #pragma unroll
         for (int block = 0; block < kBlocks; ++block) inbox.load(x[block], block);
-        if (norms) {
-            RowDots<Element> dots[Side::classes];
+        if (order != nullptr) inbox.reorder(x, order);
+#pragma unroll
+        for (int block = 0; block < kBlocks; ++block)
+            multiply_block(y, block, true, x[block], fragments[block * kLanes]);
+#pragma unroll
+        for (int step = 1; step < kBlocks; step *= 2) {
 #pragma unroll
             for (int block = 0; block < kBlocks; ++block) {
-                const uint32_t(&a)[4] = x[block];
-                dots[Rotation<Side>::class_of(block)].add(a, a);
-            }
-#pragma unroll
-            for (int cls = 0; cls < Side::classes; ++cls)
-#pragma unroll
-                for (int row = 0; row < 2; ++row)
-                    square[row][cls] = dots[cls].row(row, lane) * (16.f * Rotation<Side>::order_blocks(cls));
-        } else if (order != nullptr) {
-            inbox.reorder(x, order);
-        }
-#pragma unroll
-        for (int in = 0; in < kBlocks; ++in) {
-            const int parts = product_blocks(Rotation<Side>::class_of(in)), part = place(in) % parts;
-            const uint4 plus = fragments[in * kLanes];
-            const uint4 minus = part == 0 ? plus : fragments[(kBlocks + in) * kLanes];
-#pragma unroll
-            for (int i = 0; i < parts; ++i)
-                multiply_block(y, in - part + i, part == 0, x[in], odd(i & part) ? minus : plus);
-        }
-#pragma unroll
-        for (int step = kProductBlocks; step < kBlocks; step *= 2) {
-#pragma unroll
-            for (int block = 0; block < kBlocks; ++block) {
-                const int cls = Rotation<Side>::class_of(block);
-                if (step >= Rotation<Side>::order_blocks(cls) || (place(block) & step) != 0) continue;
+                const int cls = Rotation<Side>::class_of(block), place = block - Side::first_channel(cls) / 16;
+                if (step >= Rotation<Side>::order_blocks(cls) || (place & step) != 0) continue;
 #pragma unroll
                 for (int i = 0; i < 8; ++i) {
                     float &low = y[2 * block + i / 4][i % 4], &high = y[2 * (block + step) + i / 4][i % 4];
@@ -202,19 +178,6 @@ struct RotationOperand {
             }
         }
     }
-
-private:
-    // A block's number in its class.
-    static constexpr int place(int block) { return block - Side::first_channel(Rotation<Side>::class_of(block)) / 16; }
-    // Blocks that one product mixes.
-    static constexpr int product_blocks(int cls) {
-        return Rotation<Side>::order_blocks(cls) < kProductBlocks ? Rotation<Side>::order_blocks(cls) : kProductBlocks;
-    }
-    static constexpr bool odd(int bits) {
-        bool result = false;
-        for (; bits; bits &= bits - 1) result = !result;
-        return result;
-    }
 };
 
 // T as a matrix.
@@ -224,8 +187,7 @@ struct MatrixOperand {
     __device__ MatrixOperand(const StoreSide& side, int head, int lane)
         : fragments(request_fragments<kBlocks * kBlocks * kLanes>(side, head, lane)) {}
 
-    template <class Square>
-    __device__ __forceinline__ void multiply(float (&y)[2 * kBlocks][4], Square&, const Inbox& inbox, bool, int) const {
+    __device__ __forceinline__ void multiply(float (&y)[2 * kBlocks][4], const Inbox& inbox) const {
 #pragma unroll
         for (int in = 0; in < kBlocks; ++in) {
             uint32_t a[4];
@@ -348,9 +310,7 @@ template <class Side, bool kIsKey, class Operand>
 __device__ __forceinline__ void transform(float (&y)[2 * kBlocks][4], float (&square)[2][Side::classes],
                                           const StoreSide& side, const Operand& operand, const Inbox& inbox, int head,
                                           int lane) {
-    const bool keeps_norms = !side.is_matrix && side.order == nullptr && side.minus_mean == nullptr;
-    operand.multiply(y, square, inbox, keeps_norms, lane);
-    if (keeps_norms) return;
+    operand.multiply(y, inbox);
     if (kIsKey && side.minus_mean != nullptr) {
         const float4* mean = reinterpret_cast<const float4*>(side.minus_mean + head * kHeadSize) + lane % 4;
 #pragma unroll
@@ -387,7 +347,7 @@ __device__ __forceinline__ void quantize_class(uint32_t (&codes)[kBlocks], float
 #pragma unroll
     for (int row = 0; row < 2; ++row)
         factor[row] = sqrtf(static_cast<float>(kChannels)) * rsqrtf(fmaxf(square[row][cls], kTiny));
-    RowDots<__half> dots;
+    RowDots dots;
 #pragma unroll
     for (int block = kFirst; block < kFirst + kChannels / 16; ++block) {
         QuantizedPair q[2][2];
@@ -399,11 +359,7 @@ __device__ __forceinline__ void quantize_class(uint32_t (&codes)[kBlocks], float
             q[tile][0] = kIsKey && tile == 1 ? Q::template pair<true>(low) : Q::template pair<false>(low);
             q[tile][1] = !kIsKey || tile == 1 ? Q::template pair<true>(high) : Q::template pair<false>(high);
         }
-        const uint32_t values[4] = {bits_of(q[0][0].value), bits_of(q[0][1].value), bits_of(q[1][0].value),
-                                    bits_of(q[1][1].value)};
-        const uint32_t levels[4] = {bits_of(q[0][0].level), bits_of(q[0][1].level), bits_of(q[1][0].level),
-                                    bits_of(q[1][1].level)};
-        dots.add(values, levels);
+        dots.add(q);
         uint32_t low, high;
         if constexpr (kIsKey) {
             low = __byte_perm(q[0][0].code, q[0][1].code, 0x6420u);

@@ -13,9 +13,8 @@ struct StoreSide {
     const void* input;  // [tokens, kv heads, head size], bf16 or fp16 (MQ_STORE_ELEMENT)
     int32_t token_stride;
     int32_t head_stride;
-    // B fragments, [32 lanes] times four words each. Rotation: [heads][2][head size / 16], of the blocks on the diagonal
-    // before blocks are mixed, and their negatives; see RotationOperand. Matrix: [heads][head size / 16 of k][head size
-    // / 16 of n].
+    // B fragments, [32 lanes] times four words each. Rotation: [heads][head size / 16], of the blocks on the diagonal
+    // before blocks are mixed; see RotationOperand. Matrix: [heads][head size / 16 of k][head size / 16 of n].
     const void* operand;
     int64_t operand_head_stride;  // in bytes; 0 where all heads share one operand
     const uint32_t* order;  // rotation: the order of channels, [heads][head size / 16][32], see Inbox::reorder; or null

@@ -2,7 +2,8 @@
 //
 // It runs two elements an instruction. u = |y| sqrt(n) / |vector| is rounded to fp16 before it is compared with the
 // (rounded) boundaries: the decision can differ from fp32's where u is within `tie` (manthanquant/cuda/store.py) of a
-// boundary, where both codes cost the same to second order. A level is a staircase: each comparison, 0 or 1, adds a rise.
+// boundary, where both codes cost the same to second order. A level is a staircase: each comparison, 0 or 1, adds a
+// rise.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -115,16 +116,17 @@ private:
     static_assert(kBits == 4 || kSlope > 0.f, "this codebook's levels do not tell its codes apart");
 };
 
-// The dot product of each row of A with the same row of B, summed over blocks on the tensor cores: of the products of
-// all rows with all rows only the diagonal is wanted, and it costs two instructions a block.
-template <class Element>
+// <u, level> of each row, summed over blocks on the tensor cores: of the products of all rows' values with all rows'
+// levels only the diagonal is wanted, and it costs two instructions a block.
 struct RowDots {
     float low[4] = {}, high[4] = {};  // rows 0-7 x rows 0-7, rows 8-15 x rows 8-15
 
-    // Both in the order of A fragments: {row g, row g + 8} of channels 2 c and 2 c + 1, then of 2 c + 8 and 2 c + 9.
-    __device__ __forceinline__ void add(const uint32_t (&a)[4], const uint32_t (&b)[4]) {
-        mma_16bit<Element>(low, a, b[0], b[2]);
-        mma_16bit<Element>(high, a, b[1], b[3]);
+    // Pairs of a block: [n tile][row g or g + 8].
+    __device__ __forceinline__ void add(const QuantizedPair (&q)[2][2]) {
+        const uint32_t a[4] = {bits_of(q[0][0].value), bits_of(q[0][1].value), bits_of(q[1][0].value),
+                               bits_of(q[1][1].value)};
+        mma_16bit<__half>(low, a, bits_of(q[0][0].level), bits_of(q[1][0].level));
+        mma_16bit<__half>(high, a, bits_of(q[0][1].level), bits_of(q[1][1].level));
     }
 
     // Row g (0) or g + 8 (1), in all four lanes of g.

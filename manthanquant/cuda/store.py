@@ -37,8 +37,8 @@ class SideOperand:
     """One side's transform in the order of the kernel's registers.
 
     Attributes:
-        fragments: 16-bit B fragments of 16 x 16 blocks. A rotation's: `[KV heads or 1, 2, D / 16, 32, 8]`, the diagonal
-            before blocks are mixed, and its negative. A matrix's: `[KV heads or 1, D / 16 in, D / 16 out, 32, 8]`.
+        fragments: 16-bit B fragments of 16 x 16 blocks. A rotation's: `[KV heads or 1, D / 16, 32, 8]`, the diagonal
+            before blocks are mixed. A matrix's: `[KV heads or 1, D / 16 in, D / 16 out, 32, 8]`.
         is_matrix: which of the two.
         order: a rotation's order of channels, int32 `[KV heads, D / 16, 32]` (`Inbox::reorder`); None to leave it.
         minus_mean: fp32 `[KV heads, D]`, minus the key mean, transformed, in the kernel's output unit; None for none.
@@ -245,8 +245,7 @@ def _side_operand(
             factors = factors * side.gain.double().cpu()
             order = _places(side.order.cpu()).to(device)
         blocks = hadamard(BLOCK) * BLOCK**0.5 * factors.view(-1, 1, BLOCK)
-        plus = _fragments(blocks, name, dtype).view(factors.shape[0], head_size // BLOCK, LANES, -1)
-        fragments = torch.stack([plus, -plus], 1)
+        fragments = _fragments(blocks, name, dtype).view(factors.shape[0], head_size // BLOCK, LANES, -1)
     else:
         fragments = _fragments(side.forward.double().cpu() / per_channel[:, None], name, dtype)
     return SideOperand(fragments.to(device), not normed, order, minus_mean, (scale[0], scale[-1]))
