@@ -2,7 +2,7 @@
 //   MQ_SM         architecture, e.g. 90
 //   MQ_FORMAT     K3V3, K42V3, K42V42 or K4V4
 //   MQ_HEAD_SIZE  64, 80, 96, 128 or 256
-//   MQ_ROWS       4 or 8 (query token, head) rows of a KV head at a time
+//   MQ_ROWS       4, 8 or 16 (query token, head) rows of a KV head at a time
 //   MQ_EXACT      1: with the exact tier
 //   MQ_BULK_COPY  0 forces the cp.async path where bulk copies exist
 #include "decode.h"
@@ -13,13 +13,20 @@
 namespace mq {
 namespace {
 
+// Sixteen rows need more registers or shared memory than a large head or a small GPU leaves: there it is eight, twice.
+constexpr int kRows = MQ_ROWS == 16 && (MQ_HEAD_SIZE > 128 || kSharedLimit < 160 * 1024) ? 8 : MQ_ROWS;
+
 template <int kTeamWarps>
-using Built = Variant<MQ_FORMAT, MQ_HEAD_SIZE, MQ_ROWS, kTeamWarps, MQ_EXACT>;
+using Built = Variant<MQ_FORMAT, MQ_HEAD_SIZE, kRows, kTeamWarps, MQ_EXACT>;
 
 // A large team is half of a large CTA, or all of a small one. Small teams are for very many pairs.
-constexpr int kWarps = Built<2>::kWarps;
+constexpr int kWarps = Built<4>::kWarps;
 constexpr int kLargeTeam = kWarps > 8 ? kWarps / 2 : kWarps;
-constexpr int kSmallTeam = kLargeTeam == 6 ? 4 : kLargeTeam == 2 ? 2 : kLargeTeam / 2;
+constexpr int kSmallTeam = kLargeTeam == 6 || kRows == 16 ? 4 : kLargeTeam == 2 ? 2 : kLargeTeam / 2;
+
+constexpr int kPartialFloats = Built<kLargeTeam>::kPartialFloats > Built<kSmallTeam>::kPartialFloats
+                                   ? Built<kLargeTeam>::kPartialFloats
+                                   : Built<kSmallTeam>::kPartialFloats;
 
 template <class Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared, cudaStream_t stream,
@@ -49,7 +56,8 @@ cudaError_t launch_variant(const DecodeParams& params, int ctas, cudaStream_t st
 }  // namespace
 
 DecodeBuild decode_build() {
-    return {MQ_ROWS, Built<2>::kTileFloats, MQ_EXACT ? kMaxExactUnits : 0, kWarps, kLargeTeam, kSmallTeam};
+    constexpr int kExactUnits = kMaxExactUnits < kLanes * kSmallTeam ? kMaxExactUnits : kLanes * kSmallTeam;
+    return {kRows, kPartialFloats, MQ_EXACT ? kExactUnits : 0, kWarps, kLargeTeam, kSmallTeam};
 }
 
 cudaError_t launch_decode(const DecodeParams& params, int ctas, bool small_teams, cudaStream_t stream) {

@@ -11,7 +11,7 @@ namespace mq {
 // What a build is and needs, for the caller's choices and scratch memory.
 struct DecodeBuild {
     int rows;             // (query token, head) rows a pair
-    int tile_floats;      // of a partial result; its states are 2 * rows floats
+    int partial_floats;   // of a partial result; its weights are another `rows` floats
     int max_exact_units;  // of a sequence; 0 without the exact tier
     int warps;            // a CTA
     int large_team;       // warps

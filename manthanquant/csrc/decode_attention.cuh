@@ -7,7 +7,8 @@
 //    without bank conflicts, permutes bytes (decode_codes.cuh) and multiplies; codes never move between lanes.
 // 2. N = 8 columns are more than four query heads need, so queries and probabilities are split into a high and a low
 //    byte, a column each: 15 and 16 bits of precision at the price of 8. (With eight rows the two bytes take two
-//    instructions.) Rotations are in coded space: the query is transformed once, the output once.
+//    instructions, with sixteen four; codes are still read and decoded once.) Scores are taken in coded space: the
+//    query is transformed once, the output once.
 // 3. A warp is an independent flash-decoding worker (Dao et al. 2023): its own ring of blocks in shared memory, its own
 //    running maximum and sum. A team of warps shares a stretch of blocks and merges once a segment, in shared memory;
 //    teams that share a pair merge through global memory, and the last to arrive writes the output.
@@ -45,16 +46,18 @@ constexpr int kProbabilityRadix = 256;
 constexpr float kIntegerBias = 8388608.0f;  // 2^23: adding it leaves an integer in a float's low bits
 constexpr uint32_t kIntegerBiasBits = 0x4B000000u;
 constexpr float kSmallestScale = 5.9604645e-8f;  // of fp16: a block whose values are all zero has a scale too
-constexpr int kMaxExactUnits = 192;  // a sequence's sinks and recent units
+constexpr int kMaxExactUnits = 128;  // a sequence's sinks and recent units; at most 32 a warp, see ItemStream
 
-constexpr int kMostTeams = 4;                // of a CTA
 constexpr int kSharedLimit =                 // bytes a CTA may have
     (MQ_SM == 80 ? 163 : MQ_SM == 86 || MQ_SM == 89 || MQ_SM == 120 ? 99 : 227) * 1024;
+
+// Teams of a CTA, when they are small.
+constexpr int most_teams(int warps) { return warps > 8 ? 4 : 2; }
 
 // The most warps up to `most` whose shares of shared memory fit beside what the teams take.
 constexpr int warps_that_fit(int most, int warp_bytes, int team_bytes) {
     for (int warps : {16, 12, 8, 4})
-        if (warps <= most && warps * warp_bytes + team_bytes <= kSharedLimit) return warps;
+        if (warps <= most && warps * warp_bytes + most_teams(warps) * team_bytes <= kSharedLimit) return warps;
     return 2;
 }
 
@@ -69,31 +72,34 @@ struct Variant {
     static constexpr bool kHasExact = kHasExact_;
     static constexpr bool kBulkCopy = MQ_BULK_COPY;
 
-    // As many warps as registers and shared memory allow: the output and the accumulators of a large head or of eight
+    // As many warps as registers and shared memory allow: the output and the accumulators of a large head or of many
     // rows take more of both.
-    static constexpr int kRegisterWarps = kHeadSize > 128 ? 8 : (kRows == 8 && kHeadSize > 64 ? 12 : 16);
+    static constexpr int kRegisterWarps =
+        kHeadSize > 128 || kRows == 16 ? 8 : (kRows == 8 && kHeadSize > 64 ? 12 : 16);
     static constexpr int kSlotBytes = slot_bytes<Unit, kHasExact>();
     static constexpr int kWarpBytes = kSlotBytes + (kHasExact ? 2 : 1) * kRows * kHeadSize * 4;
     static constexpr int kTeamBytes =
-        kMostTeams * (2 * kRows * (kHeadSize + 16) + (kHasExact ? 4 * (kRows * (kHeadSize + 8) + kMaxExactUnits) : 0) + 1024);
+        2 * kRows * (kHeadSize + 16) + (kHasExact ? 4 * (kRows * (kHeadSize + 8) + kMaxExactUnits) : 0) + 1024;
     static constexpr int kWarps = warps_that_fit(kRegisterWarps, kWarpBytes, kTeamBytes);
     static constexpr int kTeams = kWarps / kTeamWarps;
     static constexpr int kThreads = kWarps * kLanes;
     // About 100 KB in flight fill the memory system; more makes the SMs finish unequally.
-    static constexpr bool kTwoStages = 2 * kWarps * kSlotBytes <= 112 * 1024 &&
-                                       kWarps * (kSlotBytes + kWarpBytes) + kTeamBytes <= kSharedLimit;
+    static constexpr bool kTwoStages =
+        2 * kWarps * kSlotBytes <= 112 * 1024 &&
+        kWarps * (kSlotBytes + kWarpBytes) + most_teams(kWarps) * kTeamBytes <= kSharedLimit;
     static constexpr int kStages = kTwoStages ? 2 : 1;
 
     using Stream = ItemStream<Unit, kStages, kTeamWarps, kBulkCopy, kHasExact>;
-    static_assert(kRows == 4 || kRows == 8);
-    static_assert(kTeamWarps % 2 == 0);
+    static_assert(kRows == 4 || kRows == 8 || kRows == 16);
+    static_assert(kTeamWarps % kRowsPerLane == 0);
 
     static constexpr int kChannelTiles = kHeadSize / 8;          // of eight channels
     static constexpr int kTileFloats = kRows * kHeadSize;
     static constexpr int kOutStride = kHeadSize + 4;             // of a finished row in shared memory
-    // A thread's share of a merged tile: channel tile x, row h of lane c is at index (x * kRowsPerLane + h) * 32 + lane.
+    // A thread's share of a merged tile: channel tile x, row h of lane c is at (x * kRowsPerLane + h) * 32 + lane.
     static constexpr int kShare = ceil_div(kChannelTiles * kRowsPerLane, kTeamWarps);
-    static constexpr int kQueryPlanes = kRowsPerLane;            // operands: high and low share one, or have one each
+    static constexpr int kPartialFloats = kTeamWarps * kLanes * kShare;
+    static constexpr int kQueryPlanes = kRowsPerLane;  // operands: high and low share one, or each column tile has both
 };
 
 // A warp's running softmax over its rows.
@@ -146,15 +152,17 @@ struct TeamShared {
     int row_begin[V::kRows];  // the tokens each row sees
     int row_end[V::kRows];
     int length;
+    QueryRange queries;
     Span span;
+    Work<V::kHasExact> work;  // its segment is the one in work
     bool is_last;
     std::conditional_t<V::kHasExact, ExactShared<V>, NoExactShared> exact;
 };
 
 template <class V>
 struct SharedLayout {
-    static constexpr int kBarriers = V::kWarps * V::Stream::kRingBytes;
-    static constexpr int kTeamsOffset = (kBarriers + V::kWarps * V::kStages * 8 + 127) / 128 * 128;
+    static constexpr int kStreams = V::kWarps * V::Stream::kRingBytes;
+    static constexpr int kTeamsOffset = (kStreams + V::kWarps * sizeof(typename V::Stream::Shared) + 127) / 128 * 128;
     static constexpr int kTeamBytes = (sizeof(TeamShared<V>) + 127) / 128 * 128;
     static constexpr int kBytes = kTeamsOffset + V::kTeams * kTeamBytes;
     static_assert(kBytes <= kSharedLimit);
@@ -189,8 +197,7 @@ struct QueryFragment {
         const int g = lane / 4, c = lane % 4;
 #pragma unroll
         for (int plane = 0; plane < V::kQueryPlanes; ++plane) {
-            // Column g: one plane of operands holds row g / 2, high or low in turn; two planes hold row g each.
-            const int8_t* row = V::kQueryPlanes == 1 ? tile.planes[g % 2][g / 2] : tile.planes[plane][g];
+            const int8_t* row = tile.planes[column_part<V::kRows>(plane, g)][column_row<V::kRows>(plane, g)];
 #pragma unroll
             for (int i = 0; i < V::kHeadSize / 16; ++i)
                 operand[plane][i] = *reinterpret_cast<const uint32_t*>(row + 16 * i + 4 * c);
@@ -231,7 +238,8 @@ __device__ __forceinline__ void score_class(const uint32_t* words, const QueryFr
             dots[half][0] = sum[0][2 * half] * kQueryRadix + sum[0][2 * half + 1];
         } else {
 #pragma unroll
-            for (int h = 0; h < 2; ++h) dots[half][h] = sum[0][2 * half + h] * kQueryRadix + sum[1][2 * half + h];
+            for (int h = 0; h < V::kRowsPerLane; ++h)
+                dots[half][h] = sum[h / 2 * 2][2 * half + h % 2] * kQueryRadix + sum[h / 2 * 2 + 1][2 * half + h % 2];
         }
     }
 }
@@ -356,8 +364,11 @@ struct ProbabilityFragment {
             if constexpr (V::kRowsPerLane == 1) {
                 operand[0][unit] = transpose_8x8(bytes[0]);
             } else {
-                operand[0][unit] = transpose_8x8(prmt(bytes[0], bytes[1], 0x5410));
-                operand[1][unit] = transpose_8x8(prmt(bytes[0], bytes[1], 0x7632));
+#pragma unroll
+                for (int h = 0; h < V::kRowsPerLane; h += 2) {
+                    operand[h][unit] = transpose_8x8(prmt(bytes[h], bytes[h + 1], 0x5410));
+                    operand[h + 1][unit] = transpose_8x8(prmt(bytes[h], bytes[h + 1], 0x7632));
+                }
             }
         }
         if constexpr (kTwiceElementOffset<kBits> != 0) {
@@ -378,8 +389,8 @@ using ValueWords = uint32_t[kBlockUnits][V::Unit::Value::words];
 
 // Adds registers [kFirst, kFirst + kCount) of one class to the output.
 template <class V, int kCls, int kFirst, int kCount>
-__device__ __forceinline__ void accumulate_pass(const ValueWords<V>& words, const ProbabilityFragment<V, kCls>& fragment,
-                                                const Decoder& decoder,
+__device__ __forceinline__ void accumulate_pass(const ValueWords<V>& words,
+                                                const ProbabilityFragment<V, kCls>& fragment, const Decoder& decoder,
                                                 float (&out)[V::kChannelTiles][V::kRowsPerLane]) {
     using Value = typename V::Unit::Value;
     constexpr int kBits = Value::bits(kCls), kRegisters = Value::registers(kCls), kTiles = kCount / 2;
@@ -403,10 +414,11 @@ __device__ __forceinline__ void accumulate_pass(const ValueWords<V>& words, cons
         for (int half = 0; half < 2; ++half)
 #pragma unroll
             for (int h = 0; h < V::kRowsPerLane; ++h) {
-                const int integer = V::kRowsPerLane == 1
-                                        ? sum[0][tile][2 * half] * kProbabilityRadix + sum[0][tile][2 * half + 1]
-                                        : sum[0][tile][2 * half + h] * kProbabilityRadix +
-                                              sum[V::kQueryPlanes - 1][tile][2 * half + h];
+                // One row a lane: high and low are columns. More: planes of their own.
+                constexpr bool kOne = V::kRowsPerLane == 1;
+                const int high = kOne ? sum[0][tile][2 * half] : sum[h / 2 * 2][tile][2 * half + h % 2];
+                const int low = kOne ? sum[0][tile][2 * half + 1] : sum[h / 2 * 2 + !kOne][tile][2 * half + h % 2];
+                const int integer = high * kProbabilityRadix + low;
                 float sum_of_elements = static_cast<float>(integer);
                 if constexpr (kTwiceElementOffset<kBits> != 0) sum_of_elements += fragment.offset[h];
                 float& sum_out = out[Value::first_channel(kCls) / 8 + kFirst + 2 * tile + half][h];
@@ -516,11 +528,10 @@ __device__ __forceinline__ void attend_exact(const DecodeParams& params, const T
                                              float (&out)[V::kChannelTiles][V::kRowsPerLane]) {
     const int g = lane / 4, c = lane % 4;
     const Span& span = shared.span;
-    float sums[V::kHeadSize / 16][4] = {};
-    // The warp goes on where its coded blocks ended.
-    const int coded = max(0, span.coded_blocks - segment.begin - warp_in_team);
-    const int first_item = segment.begin + warp_in_team + ceil_div(coded, V::kTeamWarps) * V::kTeamWarps;
-    for (int item = first_item; item < segment.end; item += V::kTeamWarps) {
+    constexpr int kColumnTiles = column_tiles<V::kRows>();
+    float sums[kColumnTiles][V::kHeadSize / 16][4] = {};
+    for (int item = first_exact_item<V::kTeamWarps>(span, segment, warp_in_team); item < segment.end;
+         item += V::kTeamWarps) {
         const uint8_t* data = stream.wait();
         const int index = item - span.coded_blocks;
         if (shared.exact.slots[index] < 0) {  // its codes counted
@@ -528,12 +539,11 @@ __device__ __forceinline__ void attend_exact(const DecodeParams& params, const T
             continue;
         }
         ExactRows<V::kHeadSize> keys, values;
-        keys.load(data, lane);
-        values.load(data + V::Stream::kExactSideBytes, lane);
-        stream.release();
-
         float scores[2][V::kRowsPerLane], rescale[V::kRowsPerLane], highest[V::kRowsPerLane];
+        keys.load(data, lane);
         score_exact_unit<V::kRows, V::kHeadSize>(keys, shared.exact.query, lane, scores);
+        values.load(data + V::Stream::kExactSideBytes, lane);  // not before: keys and values do not fit the registers
+        stream.release();
         const int first_token = span.exact_unit(index) * kUnitTokens + g;
 #pragma unroll
         for (int h = 0; h < V::kRowsPerLane; ++h) {
@@ -564,20 +574,23 @@ __device__ __forceinline__ void attend_exact(const DecodeParams& params, const T
             if (first_token + 8 * half >= shared.length)
 #pragma unroll
                 for (uint32_t& pair : values.row[half]) pair = 0;
-        // Columns are rows' high and low parts (four rows), or rows 2 c and 2 c + 1 (eight).
-        const float first = rescale[0], second = rescale[V::kRowsPerLane - 1];
+        // A lane's two columns of a tile are high and low of its one row, or two of its rows.
 #pragma unroll
-        for (auto& tile : sums) tile[0] *= first, tile[1] *= second, tile[2] *= first, tile[3] *= second;
+        for (int columns = 0; columns < kColumnTiles; ++columns) {
+            const float first = rescale[2 * columns], second = rescale[V::kRowsPerLane == 1 ? 0 : 2 * columns + 1];
+#pragma unroll
+            for (auto& tile : sums[columns]) tile[0] *= first, tile[1] *= second, tile[2] *= first, tile[3] *= second;
+        }
         accumulate_exact_unit<V::kRows, V::kHeadSize>(values, scores, sums);
     }
 #pragma unroll
     for (int tile = 0; tile < V::kChannelTiles; ++tile) {
-        const float(&pair)[4] = sums[tile / 2];
         const int half = tile % 2;
         if constexpr (V::kRowsPerLane == 1) {
-            out[tile][0] = pair[2 * half] + pair[2 * half + 1];
+            out[tile][0] = sums[0][tile / 2][2 * half] + sums[0][tile / 2][2 * half + 1];
         } else {
-            out[tile][0] = pair[2 * half], out[tile][1] = pair[2 * half + 1];
+#pragma unroll
+            for (int h = 0; h < V::kRowsPerLane; ++h) out[tile][h] = sums[h / 2][tile / 2][2 * half + h % 2];
         }
     }
 }
@@ -611,12 +624,55 @@ struct ShareIndex {
     int warp_in_team;
     int lane;
 
+    __device__ int thread() const { return warp_in_team * kLanes + lane; }
     __device__ int tile_row(int i) const { return warp_in_team + i * V::kTeamWarps; }  // channel tile * rows a lane
     __device__ bool exists(int i) const { return tile_row(i) < V::kChannelTiles * V::kRowsPerLane; }
     __device__ int offset(int i) const { return tile_row(i) * kLanes + lane; }
     // kTeamWarps is even, so all of a share belongs to one row.
     __device__ int row() const { return V::kRowsPerLane * (lane % 4) + warp_in_team % V::kRowsPerLane; }
     __device__ int channel_tile(int i) const { return tile_row(i) / V::kRowsPerLane; }
+};
+
+// The same values as one vector in memory.
+template <class V>
+struct alignas(V::kShare % 4 == 0 ? 16 : V::kShare % 2 == 0 ? 8 : 4) ShareVector {
+    float value[V::kShare];
+
+    // In L2: other SMs read it.
+    __device__ __forceinline__ void store(float* to) const {
+        if constexpr (V::kShare % 4 == 0) {
+#pragma unroll
+            for (int i = 0; i < V::kShare; i += 4)
+                __stcg(reinterpret_cast<float4*>(to + i),
+                       make_float4(value[i], value[i + 1], value[i + 2], value[i + 3]));
+        } else if constexpr (V::kShare % 2 == 0) {
+#pragma unroll
+            for (int i = 0; i < V::kShare; i += 2)
+                __stcg(reinterpret_cast<float2*>(to + i), make_float2(value[i], value[i + 1]));
+        } else {
+#pragma unroll
+            for (int i = 0; i < V::kShare; ++i) __stcg(to + i, value[i]);
+        }
+    }
+
+    __device__ __forceinline__ void load(const float* from) {
+        if constexpr (V::kShare % 4 == 0) {
+#pragma unroll
+            for (int i = 0; i < V::kShare; i += 4) {
+                const float4 four = __ldcg(reinterpret_cast<const float4*>(from + i));
+                value[i] = four.x, value[i + 1] = four.y, value[i + 2] = four.z, value[i + 3] = four.w;
+            }
+        } else if constexpr (V::kShare % 2 == 0) {
+#pragma unroll
+            for (int i = 0; i < V::kShare; i += 2) {
+                const float2 two = __ldcg(reinterpret_cast<const float2*>(from + i));
+                value[i] = two.x, value[i + 1] = two.y;
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < V::kShare; ++i) value[i] = __ldcg(from + i);
+        }
+    }
 };
 
 // Leaves a warp's result for the team.
@@ -628,7 +684,8 @@ __device__ __forceinline__ void store_fragment(Fragments<V>& fragments, int warp
     for (int h = 0; h < V::kRowsPerLane; ++h) {
 #pragma unroll
         for (int step = 4; step < kLanes; step *= 2) state.sum[h] += __shfl_xor_sync(kFullWarp, state.sum[h], step);
-        if (lane < 4) fragments.state[warp_in_team][V::kRowsPerLane * lane + h] = make_float2(state.max[h], state.sum[h]);
+        if (lane < 4)
+            fragments.state[warp_in_team][V::kRowsPerLane * lane + h] = make_float2(state.max[h], state.sum[h]);
     }
     float* own = fragments.tile + warp_in_team * V::kTileFloats;
 #pragma unroll
@@ -656,51 +713,70 @@ __device__ __forceinline__ Share<V> merge_fragments(const Fragments<V>& fragment
     return share;
 }
 
+// A partial result in global memory: each thread's share, normalised, and log2(sum) + max of each row: one number a row
+// and part to read, and all the parts of a pair at once.
 template <class V>
 __device__ __forceinline__ void store_partial(const DecodeParams& params, const ShareIndex<V>& index, int slot,
                                               const Share<V>& share) {
-    float* tile = params.partial_tiles + static_cast<int64_t>(slot) * V::kTileFloats;
+    const float norm = share.sum == 0.0f ? 0.0f : 1.0f / share.sum;
+    const float weight = share.sum == 0.0f ? kLowestMax : share.max + log2f(share.sum);
+    ShareVector<V> vector;
 #pragma unroll
-    for (int i = 0; i < V::kShare; ++i)
-        if (index.exists(i)) __stcg(tile + index.offset(i), share.value[i]);
+    for (int i = 0; i < V::kShare; ++i) vector.value[i] = share.value[i] * norm;
+    vector.store(params.partial_tiles + static_cast<int64_t>(slot) * V::kPartialFloats + index.thread() * V::kShare);
     if (index.warp_in_team < V::kRowsPerLane && index.lane < 4)
-        __stcg(reinterpret_cast<float2*>(params.partial_states) + slot * V::kRows + index.row(),
-               make_float2(share.max, share.sum));
+        __stcg(params.partial_weights + slot * V::kRows + index.row(), weight);
 }
 
-// Merges `count` partial results that lie in consecutive slots, a few loads in flight at a time.
-template <class V>
-__device__ __forceinline__ Share<V> load_partials(const DecodeParams& params, const ShareIndex<V>& index,
-                                                  int first_slot, int count) {
-    constexpr int kAtOnce = V::kShare >= 8 ? 2 : (V::kShare >= 4 ? 6 : 16);
-    const float* tiles = params.partial_tiles + static_cast<int64_t>(first_slot) * V::kTileFloats;
-    const float2* states = reinterpret_cast<const float2*>(params.partial_states) + first_slot * V::kRows;
-    Share<V> share;
-    for (int first = 0; first < count; first += kAtOnce) {
-        float2 state[kAtOnce];
-        float value[kAtOnce][V::kShare];
+// A thread's share of up to kAtOnce partial results in consecutive slots: all on their way, then merged.
+template <class V, int kAtOnce>
+struct Partials {
+    float weight[kAtOnce];
+    ShareVector<V> share[kAtOnce];
+
+    __device__ __forceinline__ void load(const DecodeParams& params, const ShareIndex<V>& index, int first_slot,
+                                         int count) {
+        const float* tiles =
+            params.partial_tiles + static_cast<int64_t>(first_slot) * V::kPartialFloats + index.thread() * V::kShare;
+        const float* weights = params.partial_weights + first_slot * V::kRows + index.row();
 #pragma unroll
         for (int part = 0; part < kAtOnce; ++part) {
-            const int slot = min(first + part, count - 1);
-            state[part] = __ldcg(states + slot * V::kRows + index.row());
-#pragma unroll
-            for (int i = 0; i < V::kShare; ++i)
-                value[part][i] =
-                    index.exists(i) ? __ldcg(tiles + static_cast<int64_t>(slot) * V::kTileFloats + index.offset(i)) : 0.0f;
-        }
-        float highest = share.max;
-#pragma unroll
-        for (int part = 0; part < kAtOnce; ++part) highest = fmaxf(highest, state[part].x);
-        share.rescale(highest);
-#pragma unroll
-        for (int part = 0; part < kAtOnce; ++part) {
-            const float factor = first + part < count ? exp2_approx(state[part].x - highest) : 0.0f;
-            share.sum = fmaf(factor, state[part].y, share.sum);
-#pragma unroll
-            for (int i = 0; i < V::kShare; ++i) share.value[i] = fmaf(factor, value[part][i], share.value[i]);
+            weight[part] = kLowestMax;
+            share[part] = {};
+            if (part >= count) continue;
+            weight[part] = __ldcg(weights + part * V::kRows);
+            share[part].load(tiles + part * V::kPartialFloats);
         }
     }
-    return share;
+
+    __device__ __forceinline__ void merge_into(Share<V>& merged) const {
+        float highest = merged.max;
+#pragma unroll
+        for (int part = 0; part < kAtOnce; ++part) highest = fmaxf(highest, weight[part]);
+        merged.rescale(highest);
+#pragma unroll
+        for (int part = 0; part < kAtOnce; ++part) {
+            // Nothing seen (or no part): a row that saw nothing at all must keep a sum of 0.
+            const float factor = weight[part] == kLowestMax ? 0.0f : exp2_approx(weight[part] - highest);
+            merged.sum += factor;
+#pragma unroll
+            for (int i = 0; i < V::kShare; ++i)
+                merged.value[i] = fmaf(factor, share[part].value[i], merged.value[i]);
+        }
+    }
+};
+
+// Merges `count` partial results that lie in consecutive slots.
+template <class V>
+__device__ __forceinline__ void merge_partials(const DecodeParams& params, const ShareIndex<V>& index, int first_slot,
+                                               int count, Share<V>& share) {
+    constexpr int kFloats = 32;  // in flight, as far as registers last
+    constexpr int kAtOnce = kFloats / V::kShare < 32 ? kFloats / V::kShare : 32;
+    for (int first = 0; first < count; first += kAtOnce) {
+        Partials<V, kAtOnce> partials;
+        partials.load(params, index, first_slot + first, count - first);
+        partials.merge_into(share);
+    }
 }
 
 // Normalises a pair's rows, brings them back to the model's space and writes them. Collective over the team.
@@ -713,7 +789,7 @@ __device__ __forceinline__ void finish_pair(const DecodeParams& params, TeamShar
     float highest = fmaxf(coded.max, exact.max), sink = 0.0f;
     if (params.sink_logits != nullptr) {
         constexpr float kLog2E = 1.442695041f;
-        const RowPlace place = row_place<V::kRows>(params, segment, row);
+        const RowPlace place = row_place<V::kRows>(params, segment, shared.queries.count, row);
         const float logit = place.valid ? __ldg(params.sink_logits + place.head) * kLog2E : 0.0f;
         // Scores lack the key mean's share unless the soft cap put it back.
         sink = params.soft_cap_log2 > 0.0f ? logit : logit - shared.query.mean_score[row];
@@ -739,9 +815,9 @@ __device__ __forceinline__ void finish_pair(const DecodeParams& params, TeamShar
     team_barrier<V>(team);
 
     for (int out_row = index.warp_in_team; out_row < V::kRows; out_row += V::kTeamWarps) {
-        const RowPlace place = row_place<V::kRows>(params, segment, out_row);
+        const RowPlace place = row_place<V::kRows>(params, segment, shared.queries.count, out_row);
         if (!place.valid) continue;
-        const int64_t token = static_cast<int64_t>(segment.request) * params.query_tokens + place.token;
+        const int64_t token = shared.queries.first + place.token;
         const float* coded_row = coded_tile + out_row * V::kOutStride;
         const float* exact_row = V::kHasExact ? exact_tile + out_row * V::kOutStride : nullptr;
         if (params.coded_out != nullptr) {
@@ -781,9 +857,10 @@ template <class V>
 class SegmentPrologue {
   public:
     __device__ __forceinline__ void locate(const DecodeParams& params, const Segment& segment, int warp_in_team) {
+        queries_ = query_range(params, segment.request);
 #pragma unroll
         for (int i = 0; i < kRowsPerWarp; ++i)
-            query_[i].template locate<V::kRows>(params, segment, row(i, warp_in_team));
+            query_[i].template locate<V::kRows>(params, segment, queries_, row(i, warp_in_team));
     }
 
     __device__ __forceinline__ void load_queries(const DecodeParams& params, int lane) {
@@ -801,13 +878,15 @@ class SegmentPrologue {
 #pragma unroll
             for (int i = 0; i < kSlotsPerThread; ++i) {
                 const int exact = warp_in_team * kLanes + lane + i * V::kTeamWarps * kLanes;
-                slot_[i] = exact < span_.exact_units() ? exact_slot(params, segment.request, span_.exact_unit(exact)) : -1;
+                slot_[i] =
+                    exact < span_.exact_units() ? exact_slot(params, segment.request, span_.exact_unit(exact)) : -1;
             }
         }
         if (needs_mean_score<V::kHasExact>(params)) {
             const float* mean = params.key_mean + segment.head * V::kHeadSize + lane;
 #pragma unroll
-            for (int i = 0; i < Query::kSlots; ++i) mean_[i] = 32 * i + lane < V::kHeadSize ? __ldg(mean + 32 * i) : 0.0f;
+            for (int i = 0; i < Query::kSlots; ++i)
+                mean_[i] = 32 * i + lane < V::kHeadSize ? __ldg(mean + 32 * i) : 0.0f;
         }
     }
 
@@ -815,11 +894,12 @@ class SegmentPrologue {
     __device__ __forceinline__ void finish(const DecodeParams& params, TeamShared<V>& shared, const Segment& segment,
                                            int warp_in_team, int lane) {
         const int thread = warp_in_team * kLanes + lane;
-        if (thread == 0) shared.length = length_, shared.span = span_;
+        if (thread == 0) shared.length = length_, shared.queries = queries_, shared.span = span_;
         if (thread < V::kRows) {
             // Rows ascend by token; those past the last see what the last token sees.
-            const int token = min(row_place<V::kRows>(params, segment, thread).token, params.query_tokens - 1);
-            const int end = length_ - params.query_tokens + token + 1;
+            const int queries = queries_.count;
+            const int token = min(row_place<V::kRows>(params, segment, queries, thread).token, queries - 1);
+            const int end = length_ - queries + token + 1;
             shared.row_end[thread] = end;
             shared.row_begin[thread] = params.window > 0 ? max(0, end - params.window) : 0;
         }
@@ -847,6 +927,7 @@ class SegmentPrologue {
     using Query = QueryRow<V::kHeadSize>;
     static constexpr int kSlotsPerThread = ceil_div(kMaxExactUnits, V::kTeamWarps * kLanes);
 
+    QueryRange queries_ = {};
     int length_ = 0;
     Span span_ = {};
     TransformRow<typename V::Unit::Key> transform_ = {};
@@ -863,33 +944,39 @@ __global__ void __launch_bounds__(V::kThreads, 1) decode_attention_kernel(const 
     const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
     const int team_in_cta = warp / V::kTeamWarps, warp_in_team = warp % V::kTeamWarps;
     const int team = blockIdx.x * V::kTeams + team_in_cta, teams = gridDim.x * V::kTeams;
-    auto& shared = *reinterpret_cast<TeamShared<V>*>(shared_bytes + Layout::kTeamsOffset + team_in_cta * Layout::kTeamBytes);
+    uint8_t* team_bytes = shared_bytes + Layout::kTeamsOffset + team_in_cta * Layout::kTeamBytes;
+    auto& shared = *reinterpret_cast<TeamShared<V>*>(team_bytes);
     const ShareIndex<V> index{warp_in_team, lane};
 
     Work<V::kHasExact> work(params, team, teams, V::kTeamWarps);
     typename V::Stream stream(params, work, warp_in_team, shared_bytes + warp * V::Stream::kRingBytes,
-                              reinterpret_cast<uint64_t*>(shared_bytes + Layout::kBarriers) + warp * V::kStages);
-    SegmentPrologue<V> prologue;
-    prologue.locate(params, work.segment, warp_in_team);
-    // So far only lengths and the block table were read; the kernel before may still be writing the rest.
-    await_previous_kernel();
-    if (work.done()) return;
-    prologue.load_queries(params, lane);  // before the flood of copies, which they would have to queue behind
-    stream.fill();
-    prologue.load_constants(params, work.segment, warp_in_team, lane);
+                              reinterpret_cast<typename V::Stream::Shared*>(shared_bytes + Layout::kStreams)[warp]);
+    if (index.thread() == 0) shared.work = work;
+    {
+        SegmentPrologue<V> prologue;
+        prologue.locate(params, work.segment, warp_in_team);
+        prologue.load_constants(params, work.segment, warp_in_team, lane);
+        // So far only tables and the model's constants were read; the kernel in front may still be writing the rest.
+        await_previous_kernel();
+        if (work.done()) return;
+        prologue.load_queries(params, lane);  // before the flood of copies, which they would have to queue behind
+        stream.fill();
+        prologue.finish(params, shared, work.segment, warp_in_team, lane);
+    }
 
-    while (!work.done()) {
-        const Segment segment = work.segment;
-        prologue.finish(params, shared, segment, warp_in_team, lane);
+    while (true) {
         team_barrier<V>(team_in_cta);
-        const Span span = shared.span;
-        const bool has_exact = V::kHasExact && segment.end > span.coded_blocks;
         {
             SoftmaxState<V::kRowsPerLane> state;
             float out[V::kChannelTiles][V::kRowsPerLane] = {};
-            attend_coded<V>(params, shared, stream, segment, warp_in_team, lane, state, out);
+            attend_coded<V>(params, shared, stream, shared.work.segment, warp_in_team, lane, state, out);
             store_fragment<V>(shared.coded, warp_in_team, lane, state, out);
         }
+        // Read again, not kept in registers while blocks were read.
+        work = shared.work;
+        const Segment segment = work.segment;
+        const Span span = shared.span;
+        const bool has_exact = V::kHasExact && segment.end > span.coded_blocks;
         if constexpr (V::kHasExact) {
             if (has_exact) {
                 SoftmaxState<V::kRowsPerLane> state;
@@ -899,40 +986,53 @@ __global__ void __launch_bounds__(V::kThreads, 1) decode_attention_kernel(const 
             }
         }
 
-        // What the end of this segment and the next segment need is on its way while this one is merged.
-        TransformRow<typename V::Unit::Value> transform;
-        transform.load(params.value_inverse, segment.head, lane);
-        work.next(params);
-        prologue = {};  // nothing of it is to be kept in registers while blocks are read
-        if (!work.done()) {
-            prologue.locate(params, work.segment, warp_in_team);
-            prologue.load_queries(params, lane);
-            prologue.load_constants(params, work.segment, warp_in_team, lane);
-        }
         team_barrier<V>(team_in_cta);
         Share<V> coded = merge_fragments<V>(shared.coded, index), exact;
         if constexpr (V::kHasExact)
             if (has_exact) exact = merge_fragments<V>(shared.exact.fragments, index);
 
         const Split split = split_of(params, segment, span.items(), work.stretch, team);
-        const int exact_slots = params.requests * params.kv_heads * params.row_tiles + teams;  // behind the coded parts
         bool last = true;
         if (split.parts > 1) {
-            store_partial<V>(params, index, split.slot, coded);
-            if (has_exact) store_partial<V>(params, index, exact_slots + split.slot, exact);
-            last = arrive_last<V>(params, shared, team_in_cta, warp_in_team * kLanes + lane, pair_index(params, segment),
-                                  split.parts);
+            // Coded blocks come first: parts [0, coded_parts) have some, parts [first_exact, parts) have exact units.
+            const int coded_parts = split.part_of(span.coded_blocks - 1, work.stretch) + 1;
+            if (segment.begin < span.coded_blocks) store_partial<V>(params, index, split.slot, coded);
+            // Exact parts lie behind the coded ones.
+            const int exact_slots = params.requests * params.kv_heads * params.row_tiles + teams;
+            if constexpr (V::kHasExact)
+                if (has_exact) store_partial<V>(params, index, exact_slots + split.slot, exact);
+            const int pair = pair_index(params, segment);
+            last = arrive_last<V>(params, shared, team_in_cta, index.thread(), pair, split.parts);
             if (last) {
-                coded = load_partials<V>(params, index, split.first_slot, split.parts);
-                if (V::kHasExact && span.exact_units() > 0) {  // they lie in the last parts
-                    const int first_part = split.part_of(span.coded_blocks, work.stretch);
-                    exact = load_partials<V>(params, index, exact_slots + split.first_slot + first_part,
-                                             split.parts - first_part);
+                coded = {}, exact = {};
+                const int first_exact = split.part_of(span.coded_blocks, work.stretch);
+                const int exact_parts = V::kHasExact && span.exact_units() > 0 ? split.parts - first_exact : 0;
+                const int exact_from = exact_slots + split.first_slot + first_exact;
+                Partials<V, 1> one_exact;  // mostly all there is: on its way while the coded parts are merged
+                if constexpr (V::kHasExact) one_exact.load(params, index, exact_from, exact_parts);
+                merge_partials<V>(params, index, split.first_slot, coded_parts, coded);
+                if constexpr (V::kHasExact) {
+                    one_exact.merge_into(exact);
+                    merge_partials<V>(params, index, exact_from + 1, exact_parts - 1, exact);
                 }
             }
         }
+
+        // What the next segment needs is on its way while this one is finished.
+        TransformRow<typename V::Unit::Value> transform;
+        transform.load(params.value_inverse, segment.head, lane);
+        work.next(params);
+        SegmentPrologue<V> prologue;
+        if (!work.done()) {
+            prologue.locate(params, work.segment, warp_in_team);
+            prologue.load_queries(params, lane);
+            prologue.load_constants(params, work.segment, warp_in_team, lane);
+        }
         if (last) finish_pair<V>(params, shared, index, team_in_cta, segment, transform, coded, exact);
-        team_barrier<V>(team_in_cta);  // the next segment overwrites what the team shares
+        if (work.done()) return;
+        team_barrier<V>(team_in_cta);  // all are done with what the team shares
+        prologue.finish(params, shared, work.segment, warp_in_team, lane);
+        if (index.thread() == 0) shared.work = work;
     }
 }
 

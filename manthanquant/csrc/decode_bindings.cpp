@@ -42,6 +42,7 @@ void bind_decode_params(py::module_& m) {
     pointer_field(cls, "block_table", &P::block_table);
     cls.def_readwrite("table_stride", &P::table_stride);
     pointer_field(cls, "seq_lens", &P::seq_lens);
+    pointer_field(cls, "query_start_loc", &P::query_start_loc);
     pointer_field(cls, "query", &P::query);
     dtype_field(cls, "query_dtype", &P::query_dtype);
     cls.def_readwrite("query_token_stride", &P::query_token_stride);
@@ -52,7 +53,7 @@ void bind_decode_params(py::module_& m) {
     cls.def_readwrite("out_head_stride", &P::out_head_stride);
     cls.def_readwrite("requests", &P::requests).def_readwrite("kv_heads", &P::kv_heads);
     cls.def_readwrite("group", &P::group).def_readwrite("query_tokens", &P::query_tokens);
-    cls.def_readwrite("row_tiles", &P::row_tiles);
+    cls.def_readwrite("tile_rows", &P::tile_rows).def_readwrite("row_tiles", &P::row_tiles);
     cls.def_readwrite("scale_log2", &P::scale_log2).def_readwrite("soft_cap_log2", &P::soft_cap_log2);
     cls.def_readwrite("window", &P::window);
     pointer_field(cls, "sink_logits", &P::sink_logits);
@@ -68,7 +69,7 @@ void bind_decode_params(py::module_& m) {
     pointer_field(cls, "hot_slot", &P::hot_slot);
     cls.def_readwrite("sink_units", &P::sink_units).def_readwrite("recent_tokens", &P::recent_tokens);
     pointer_field(cls, "partial_tiles", &P::partial_tiles);
-    pointer_field(cls, "partial_states", &P::partial_states);
+    pointer_field(cls, "partial_weights", &P::partial_weights);
     pointer_field(cls, "arrivals", &P::arrivals);
     cls.def_readwrite("negative_zero", &P::negative_zero);
 }
@@ -96,7 +97,7 @@ PYBIND11_MODULE(MQ_MODULE, m) {
     bind_dense_params(m);
     const mq::DecodeBuild build = mq::decode_build();
     m.attr("ROWS") = build.rows;
-    m.attr("TILE_FLOATS") = build.tile_floats;
+    m.attr("PARTIAL_FLOATS") = build.partial_floats;
     m.attr("MAX_EXACT_UNITS") = build.max_exact_units;
     m.attr("WARPS") = build.warps;
     m.attr("LARGE_TEAM") = build.large_team;

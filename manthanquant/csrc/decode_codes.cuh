@@ -87,7 +87,7 @@ struct Decoder {
         }
     }
 
-    // Registers [kFirst, kFirst + kCount) of a class of `kRegisters`, from the class's words; kFirst is a multiple of 8.
+    // Registers [kFirst, kFirst + kCount) of a class of `kRegisters`, from the class's words; kFirst a multiple of 8.
     template <int kBits, int kRegisters, int kFirst, int kCount>
     __device__ __forceinline__ void registers(const uint32_t* words, uint32_t (&elements)[kCount]) const {
         static_assert(kFirst % 8 == 0 && kFirst + kCount <= kRegisters && kCount % 2 == 0);

@@ -59,46 +59,48 @@ __device__ __forceinline__ void score_exact_unit(const ExactRows<kHeadSize>& key
                                                  const ExactQueryTile<kRows, kHeadSize>& query, int lane,
                                                  float (&scores)[2][kRows / 4]) {
     const int g = lane / 4, c = lane % 4;
-    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    // Four rows: column g is plane g % 2 of row g / 2. Eight rows: both planes in turn, column g is row g.
-    constexpr int kTurns = kRows / 4;
+    float sum[column_tiles<kRows>()][4] = {};
 #pragma unroll
-    for (int turn = 0; turn < kTurns; ++turn) {
-        const __nv_bfloat16* column = kTurns == 1 ? query.planes[g % 2][g / 2] : query.planes[turn][g];
+    for (int plane = 0; plane < kRows / 4; ++plane) {
+        const __nv_bfloat16* column = query.planes[column_part<kRows>(plane, g)][column_row<kRows>(plane, g)];
 #pragma unroll
         for (int reg = 0; reg < ExactRows<kHeadSize>::kRegisters; reg += 2) {
             const bool tail = reg / 4 >= ExactRows<kHeadSize>::kPieces;
             const int channel = 32 * (reg / 4) + (tail ? 4 : 8) * c + 2 * (reg % 4);
             const uint2 q = *reinterpret_cast<const uint2*>(column + channel);
-            mma_bf16(sum, keys.row[0][reg], keys.row[1][reg], keys.row[0][reg + 1], keys.row[1][reg + 1], q.x, q.y);
+            mma_bf16(sum[plane / 2], keys.row[0][reg], keys.row[1][reg], keys.row[0][reg + 1], keys.row[1][reg + 1],
+                     q.x, q.y);
         }
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        if constexpr (kTurns == 1) {
-            scores[half][0] = sum[2 * half] + sum[2 * half + 1];
+        if constexpr (kRows == 4) {
+            scores[half][0] = sum[0][2 * half] + sum[0][2 * half + 1];
         } else {
-            scores[half][0] = sum[2 * half], scores[half][1] = sum[2 * half + 1];
+#pragma unroll
+            for (int h = 0; h < kRows / 4; ++h) scores[half][h] = sum[h / 2][2 * half + h % 2];
         }
     }
 }
 
-// Adds probabilities * values of one unit. `sums[reg / 2]` covers registers reg (rows 0 to 7 of C) and reg + 1.
+// Adds probabilities * values of one unit. `sums[columns][reg / 2]`: registers reg (rows 0 to 7 of C) and reg + 1.
 template <int kRows, int kHeadSize>
 __device__ __forceinline__ void accumulate_exact_unit(const ExactRows<kHeadSize>& values,
                                                       const float (&probabilities)[2][kRows / 4],
-                                                      float (&sums)[kHeadSize / 16][4]) {
-    constexpr int kTurns = kRows / 4;
-    uint32_t b[kTurns][2];
+                                                      float (&sums)[column_tiles<kRows>()][kHeadSize / 16][4]) {
+    constexpr int kPlanes = kRows / 4;
+    uint32_t b[kPlanes][2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const float p0 = probabilities[half][0];
-        if constexpr (kTurns == 1) {
-            b[0][half] = transpose_8x8(pack_bf16(p0, bf16_residual(p0)));
+        const float(&p)[kRows / 4] = probabilities[half];
+        if constexpr (kPlanes == 1) {
+            b[0][half] = transpose_8x8(pack_bf16(p[0], bf16_residual(p[0])));
         } else {
-            const float p1 = probabilities[half][1];
-            b[0][half] = transpose_8x8(pack_bf16(p0, p1));
-            b[1][half] = transpose_8x8(pack_bf16(bf16_residual(p0), bf16_residual(p1)));
+#pragma unroll
+            for (int h = 0; h < kPlanes; h += 2) {
+                b[h][half] = transpose_8x8(pack_bf16(p[h], p[h + 1]));
+                b[h + 1][half] = transpose_8x8(pack_bf16(bf16_residual(p[h]), bf16_residual(p[h + 1])));
+            }
         }
     }
 #pragma unroll
@@ -110,8 +112,8 @@ __device__ __forceinline__ void accumulate_exact_unit(const ExactRows<kHeadSize>
             a[half][1] = transpose_8x8(values.row[half][reg + 1]);
         }
 #pragma unroll
-        for (int turn = 0; turn < kTurns; ++turn)
-            mma_bf16(sums[reg / 2], a[0][0], a[0][1], a[1][0], a[1][1], b[turn][0], b[turn][1]);
+        for (int plane = 0; plane < kPlanes; ++plane)
+            mma_bf16(sums[plane / 2][reg / 2], a[0][0], a[0][1], a[1][0], a[1][1], b[plane][0], b[plane][1]);
     }
 }
 

@@ -26,7 +26,9 @@ struct DecodeParams {
     int64_t table_stride;
     const int32_t* seq_lens;  // [requests], the new tokens included
 
-    // Queries and output, [requests * query_tokens, heads, D], channels contiguous; strides in elements.
+    // Queries and output, [tokens, heads, D], channels contiguous; strides in elements. Request r has the tokens
+    // query_start_loc[r] to query_start_loc[r + 1], at most query_tokens; null: query_tokens each.
+    const int32_t* query_start_loc;
     const void* query;
     Dtype query_dtype;
     int64_t query_token_stride;
@@ -39,8 +41,9 @@ struct DecodeParams {
     int requests;
     int kv_heads;
     int group;         // query heads a KV head
-    int query_tokens;  // a request, causal among themselves
-    int row_tiles;     // tiles of kRows (token, head) rows that cover query_tokens * group
+    int query_tokens;  // a request at most, causal among themselves
+    int tile_rows;     // kRows of the build
+    int row_tiles;     // tiles of so many (token, head) rows that cover query_tokens * group
 
     float scale_log2;     // softmax scale * log2(e)
     float soft_cap_log2;  // soft cap * log2(e), 0 for none
@@ -49,7 +52,7 @@ struct DecodeParams {
 
     // Transforms. Key side: queries take the inverse transpose, so its factors are the reciprocals. Null
     // `transformed_query` / `coded_out`: structured transforms, applied by the kernel. Otherwise the caller multiplies
-    // by dense matrices: fp32 [requests * query_tokens, heads, D] in and out.
+    // by dense matrices: fp32 [tokens, heads, D] in and out.
     StructuredTransform key_inverse;
     StructuredTransform value_inverse;
     const float* key_mean;  // [KV heads, D], or null
@@ -69,13 +72,14 @@ struct DecodeParams {
 
     // Scratch, see decode_workspace.
     float* partial_tiles;
-    float* partial_states;
+    float* partial_weights;
     int* arrivals;
 
     uint32_t negative_zero;  // 0x80008000, see high_half
 };
 
-// Rows times a dense matrix. Rows [tokens, heads, D]; row (t, h) meets the matrix of KV head h / group. Strides in elements, channels contiguous.
+// Rows times a dense matrix. Rows [tokens, heads, D]; row (t, h) meets the matrix of KV head h / group. Strides in
+// elements, channels contiguous.
 struct DenseParams {
     const void* in;
     Dtype in_dtype;

@@ -32,8 +32,21 @@ __device__ __forceinline__ int exact_slot(const DecodeParams& params, int reques
     return __ldg(params.hot_slot + static_cast<int64_t>(page) * params.page_units + unit - index * params.page_units);
 }
 
+// A request's new tokens.
+struct QueryRange {
+    int first;
+    int count;
+};
+
+__device__ __forceinline__ QueryRange query_range(const DecodeParams& params, int request) {
+    if (params.query_start_loc == nullptr) return {request * params.query_tokens, params.query_tokens};
+    const int first = __ldg(params.query_start_loc + request);
+    return {first, min(__ldg(params.query_start_loc + request + 1) - first, params.query_tokens)};
+}
+
 // What a launch reads of one request.
 struct Span {
+    int row_tiles;     // a KV head; 0 for a request without new tokens
     int units;         // that hold tokens
     int first_block;   // blocks before it are outside every row's window
     int coded_blocks;  // at least one, so that an empty request still writes its (zero) output
@@ -55,10 +68,12 @@ struct Span {
 
 template <bool kHasExact>
 __device__ __forceinline__ Span request_span(const DecodeParams& params, int request) {
-    const int length = __ldg(params.seq_lens + request);
+    const int length = __ldg(params.seq_lens + request), queries = query_range(params, request).count;
     // The first query token sees the oldest keys.
-    const int oldest = params.window > 0 ? max(0, length - params.query_tokens + 1 - params.window) : 0;
+    const int oldest = params.window > 0 ? max(0, length - queries + 1 - params.window) : 0;
     Span span;
+    span.row_tiles =
+        queries == params.query_tokens ? params.row_tiles : ceil_div(queries * params.group, params.tile_rows);
     span.units = ceil_div(length, kUnitTokens);
     span.first_block = oldest / kBlockTokens;
     span.coded_blocks = max(1, ceil_div(length, kBlockTokens) - span.first_block);
@@ -82,41 +97,55 @@ struct Segment {
     int end;
 };
 
+// The first of a warp's items of a segment that is an exact unit; the warp takes every kTeamWarps-th item.
+template <int kTeamWarps>
+__device__ __forceinline__ int first_exact_item(const Span& span, const Segment& segment, int warp_in_team) {
+    const int coded = max(0, span.coded_blocks - segment.begin - warp_in_team);
+    return segment.begin + warp_in_team + ceil_div(coded, kTeamWarps) * kTeamWarps;
+}
+
 // A team's stretch, segment by segment.
 template <bool kHasExact>
 class Work {
   public:
+    Work() = default;
+
     // Collective over a warp. `team` of `teams`, of `team_warps` each.
     __device__ __forceinline__ Work(const DecodeParams& params, int team, int teams, int team_warps) {
-        const int lane = threadIdx.x % 32, pairs = params.kv_heads * params.row_tiles;
-        const auto items_of = [&](int request) {
-            return request < params.requests ? request_span<kHasExact>(params, request).items() : 0;
+        const int lane = threadIdx.x % 32;
+        const auto load_of = [&](int request) -> Load {
+            if (request >= params.requests) return {0, 0};
+            const Span span = request_span<kHasExact>(params, request);
+            return {span.items(), span.row_tiles};
         };
-        const int first_round = items_of(lane);  // all there is, for 32 requests or fewer
-        int items = first_round, longest = first_round;
+        const Load first_round = load_of(lane);  // all there is, for 32 requests or fewer
+        int items = first_round.items * first_round.tiles, longest = max(1, first_round.items);
         for (int request = lane + 32; request < params.requests; request += 32) {
-            const int own = items_of(request);
-            items += own;
-            longest = max(longest, own);
+            const Load own = load_of(request);
+            items += own.items * own.tiles;
+            longest = max(longest, own.items);
         }
-        int total = __reduce_add_sync(kFullWarp, items) * pairs;
+        int total = __reduce_add_sync(kFullWarp, items) * params.kv_heads;
         longest = __reduce_max_sync(kFullWarp, longest);
-        const int least = ceil_div(total, teams), even = round_up(least, team_warps), most = even + even / kAlignmentSlack;
+        const int least = ceil_div(total, teams), even = round_up(least, team_warps);
+        const int most = even + even / kAlignmentSlack;
 
         // Whole pairs a team, where they fit: nothing is merged. Else straight on, across pairs.
         const int whole = round_up(least, longest);
         stretch = whole <= most ? whole : even;
         aligned_ = false;
         if constexpr (kHasExact) {
-            // Exact items make long pairs a little longer than a multiple of the stretch. Then each pair is cut from its
-            // own beginning, where there are teams enough for that: one segment a team.
+            // Exact items make long pairs a little longer than a multiple of the stretch. Then each pair is cut from
+            // its own beginning, where there are teams enough for that: one segment a team.
             if (whole > most) {
                 const int pieces = max(1, longest * teams / max(1, total));
                 const int piece = round_up(ceil_div(longest, pieces), team_warps);
-                int parts = ceil_div(first_round, piece);
-                for (int request = lane + 32; request < params.requests; request += 32)
-                    parts += ceil_div(items_of(request), piece);
-                parts = __reduce_add_sync(kFullWarp, parts) * pairs;
+                int parts = ceil_div(first_round.items, piece) * first_round.tiles;
+                for (int request = lane + 32; request < params.requests; request += 32) {
+                    const Load own = load_of(request);
+                    parts += ceil_div(own.items, piece) * own.tiles;
+                }
+                parts = __reduce_add_sync(kFullWarp, parts) * params.kv_heads;
                 aligned_ = piece <= most && parts <= teams;
                 if (aligned_) stretch = piece, total = parts * piece;  // as long as its pieces
             }
@@ -130,22 +159,24 @@ class Work {
         if (left_ == 0) return;
         int before = 0;  // items of the requests before this round of 32
         for (int base = 0;; base += 32) {
-            const int own = base == 0 ? first_round : items_of(base + lane), own_padded = padded(own);
+            const Load own = base == 0 ? first_round : load_of(base + lane);
+            const int own_padded = padded(own.items) * own.tiles;
             int upto = own_padded;
 #pragma unroll
             for (int step = 1; step < 32; step *= 2) {
                 const int other = __shfl_up_sync(kFullWarp, upto, step);
                 if (lane >= step) upto += other;
             }
-            const unsigned ends_later = __ballot_sync(kFullWarp, (before + upto) * pairs > first);
+            const unsigned ends_later = __ballot_sync(kFullWarp, (before + upto) * params.kv_heads > first);
             if (ends_later != 0) {
                 const int found = __ffs(ends_later) - 1;
                 const int items_before = before + __shfl_sync(kFullWarp, upto - own_padded, found);
-                const int pair_items = __shfl_sync(kFullWarp, own, found), pair_length = padded(pair_items);
-                const int offset = first - items_before * pairs, pair = offset / pair_length;
+                const int pair_items = __shfl_sync(kFullWarp, own.items, found), pair_length = padded(pair_items);
+                const int tiles = __shfl_sync(kFullWarp, own.tiles, found);
+                const int offset = first - items_before * params.kv_heads, pair = offset / pair_length;
                 segment.request = base + found;
-                segment.head = params.row_tiles == 1 ? pair : pair / params.row_tiles;
-                segment.row_tile = pair - segment.head * params.row_tiles;
+                segment.head = tiles == 1 ? pair : pair / tiles;
+                segment.row_tile = pair - segment.head * tiles;
                 segment.begin = offset - pair * pair_length;
                 segment.end = min(pair_items, segment.begin + left_);
                 if (kHasExact && aligned_) left_ = segment.end - segment.begin;
@@ -160,16 +191,27 @@ class Work {
     __device__ __forceinline__ void next(const DecodeParams& params) {
         left_ -= segment.end - segment.begin;
         if (left_ == 0) return;
-        if (++segment.row_tile == params.row_tiles) segment.row_tile = 0, ++segment.head;
-        if (segment.head == params.kv_heads) segment.head = 0, ++segment.request;
+        Span span = request_span<kHasExact>(params, segment.request);
+        if (++segment.row_tile == span.row_tiles) segment.row_tile = 0, ++segment.head;
+        if (segment.head == params.kv_heads) {
+            segment.head = 0;
+            do span = request_span<kHasExact>(params, ++segment.request);
+            while (span.row_tiles == 0);
+        }
         segment.begin = 0;
-        segment.end = min(request_span<kHasExact>(params, segment.request).items(), left_);
+        segment.end = min(span.items(), left_);
     }
 
     Segment segment;
     int stretch;  // items a team
 
   private:
+    // Of one request, a KV head: items of a pair, and pairs.
+    struct Load {
+        int items;
+        int tiles;
+    };
+
     bool aligned_;  // pairs are cut from their own beginning, so a stretch lies in one
     int left_;  // items from segment.begin on
 };

@@ -81,6 +81,24 @@ struct QueryTile {
     float mean_score[kRows];                       // query . key mean in log2 units
 };
 
+// The matrix instructions' eight columns. Four rows: column g is a row's high (even g) or low part. More: tiles of
+// eight rows, with a plane for the high parts and one for the low. Lane c of a C fragment has columns 2 c and 2 c + 1
+// of each tile, and so kRows / 4 neighbouring rows.
+template <int kRows>
+constexpr int column_tiles() {
+    return kRows == 4 ? 1 : kRows / 8;
+}
+
+// Which part (0: high) and which row column g of a plane is.
+template <int kRows>
+__device__ __forceinline__ int column_part(int plane, int g) {
+    return kRows == 4 ? g % 2 : plane % 2;
+}
+template <int kRows>
+__device__ __forceinline__ int column_row(int plane, int g) {
+    return kRows == 4 ? g / 2 : kRows / 4 * (g / 2) + plane / 2 * 2 + g % 2;
+}
+
 // The same row as bf16, for exact keys: high + low is the query to 16 bits (bf16 queries have low = 0).
 template <int kRows, int kHeadSize>
 struct ExactQueryTile {
@@ -95,11 +113,13 @@ struct RowPlace {
     int head;    // query head
 };
 
+// `queries`: new tokens of the segment's request.
 template <int kRows>
-__device__ __forceinline__ RowPlace row_place(const DecodeParams& params, const Segment& segment, int row) {
+__device__ __forceinline__ RowPlace row_place(const DecodeParams& params, const Segment& segment, int queries,
+                                              int row) {
     const int index = segment.row_tile * kRows + row;
     const int token = params.query_tokens == 1 ? 0 : index / params.group;
-    return {index < params.query_tokens * params.group, token, segment.head * params.group + index - token * params.group};
+    return {index < queries * params.group, token, segment.head * params.group + index - token * params.group};
 }
 
 // Elements of a row that a lane holds: element i of a class is channel 32 i + lane of it.
@@ -154,11 +174,11 @@ struct QueryRow {
     float transformed[kSlots];
 
     template <int kRows>
-    __device__ __forceinline__ void locate(const DecodeParams& params, const Segment& segment, int row) {
-        const RowPlace place = row_place<kRows>(params, segment, row);
+    __device__ __forceinline__ void locate(const DecodeParams& params, const Segment& segment,
+                                           const QueryRange& queries, int row) {
+        const RowPlace place = row_place<kRows>(params, segment, queries.count, row);
         // A row that does not exist repeats the pair's first; nobody reads what becomes of it.
-        const int64_t token =
-            static_cast<int64_t>(segment.request) * params.query_tokens + (place.valid ? place.token : 0);
+        const int64_t token = queries.first + (place.valid ? place.token : 0);
         const int head = place.valid ? place.head : segment.head * params.group;
         first = token * params.query_token_stride + head * params.query_head_stride;
         coded = params.transformed_query;
@@ -256,8 +276,9 @@ __device__ __forceinline__ void prepare_row(const DecodeParams& params, const Qu
 // One class of one output row, from coded space (`coded`, shared memory, normalised) to the caller's tensor.
 // `exact`: the exact tier's share in the model's own channels, or null.
 template <class Unit, int kCls>
-__device__ __forceinline__ void finish_class(const DecodeParams& params, const TransformRow<typename Unit::Value>& transform,
-                                             const float* coded, const float* exact, int64_t out_first, int lane) {
+__device__ __forceinline__ void finish_class(const DecodeParams& params,
+                                             const TransformRow<typename Unit::Value>& transform, const float* coded,
+                                             const float* exact, int64_t out_first, int lane) {
     using Value = typename Unit::Value;
     using Slots = RowSlots<Value>;
     constexpr int kChannels = Value::channels(kCls), kFirst = Value::first_channel(kCls), kSlots = Slots::count(kCls);

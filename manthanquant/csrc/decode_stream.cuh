@@ -30,23 +30,31 @@ class ItemStream {
     static constexpr int kSlotBytes = slot_bytes<Unit, kHasExact>();
     static constexpr int kRingBytes = kStages * kSlotBytes;
 
-    // Collective over a warp. `ring` and `barriers` (kStages of them) are the warp's own.
+    // What the warp keeps in shared memory: barriers, and its place in the team's stretch, which is looked at once a
+    // segment and would waste registers.
+    struct Shared {
+        uint64_t barriers[kStages];
+        Work<kHasExact> work;
+    };
+
+    // Collective over a warp. `ring` and `shared` are the warp's own.
     __device__ __forceinline__ ItemStream(const DecodeParams& params, const Work<kHasExact>& work, int warp_in_team,
-                                          uint8_t* ring, uint64_t* barriers)
-        : params_(params), work_(work), lane_(threadIdx.x % 32), warp_in_team_(warp_in_team), ring_(ring),
-          ring_address_(shared_address(ring)), barrier_(shared_address(barriers)) {
+                                          uint8_t* ring, Shared& shared)
+        : params_(params), shared_(shared), lane_(threadIdx.x % 32), warp_in_team_(warp_in_team), ring_(ring),
+          ring_address_(shared_address(ring)), barrier_(shared_address(shared.barriers)) {
         if constexpr (kBulkCopy) {
             if (lane_ == 0) {
                 for (int stage = 0; stage < kStages; ++stage) mbarrier_init(barrier_ + 8 * stage, 1);
                 mbarrier_init_fence();
             }
-            __syncwarp();
             policy_ = evict_first_policy();
         }
-        if (work_.done()) {
+        if (lane_ == 0) shared_.work = work;
+        __syncwarp();
+        if (work.done()) {
             open_ = false;
         } else {
-            enter_segment();
+            enter_segment(work.segment);
             seek();
         }
     }
@@ -75,8 +83,7 @@ class ItemStream {
     }
 
   private:
-    __device__ __forceinline__ void enter_segment() {
-        const Segment& segment = work_.segment;
+    __device__ __forceinline__ void enter_segment(const Segment& segment) {
         const Span span = request_span<kHasExact>(params_, segment.request);
         units_ = span.units;
         block_ = span.first_block + segment.begin + warp_in_team_;
@@ -84,21 +91,31 @@ class ItemStream {
         end_ = span.first_block + segment.end;
         table_ = params_.block_table + segment.request * params_.table_stride;
         head_ = params_.cache + segment.head * params_.head_stride;
+        if constexpr (kHasExact) {
+            exact_items_ = 0;
+            const int item = first_exact_item<kTeamWarps>(span, segment, warp_in_team_) + lane_ * kTeamWarps;
+            exact_slots_ = item < segment.end
+                               ? exact_slot(params_, segment.request, span.exact_unit(item - span.coded_blocks))
+                               : -1;
+        }
     }
 
     // Moves on to the segment that holds this warp's next item, and reads where that lies.
     __device__ __forceinline__ void seek() {
         while (block_ >= end_) {
-            work_.next(params_);
-            if (work_.done()) {
+            Work<kHasExact> work = shared_.work;
+            work.next(params_);
+            if (work.done()) {
                 open_ = false;
                 return;
             }
-            enter_segment();
+            __syncwarp();
+            if (lane_ == 0) shared_.work = work;
+            __syncwarp();
+            enter_segment(work.segment);
         }
         if (is_exact()) {
-            const Span span = request_span<kHasExact>(params_, work_.segment.request);
-            page_ = exact_slot(params_, work_.segment.request, span.exact_unit(block_ - coded_end_));
+            page_ = __shfl_sync(kFullWarp, exact_slots_, exact_items_++);
             return;
         }
         const int unit = block_ * kBlockUnits + lane_;
@@ -150,7 +167,7 @@ class ItemStream {
 
     // Keys, then values. A unit without a slot is an item without bytes.
     __device__ __forceinline__ void copy_exact(uint32_t target, uint32_t barrier) {
-        const int64_t first = page_ * params_.hot_slot_stride + work_.segment.head * params_.hot_head_stride;
+        const int64_t first = page_ * params_.hot_slot_stride + shared_.work.segment.head * params_.hot_head_stride;
         const uint16_t *keys = params_.hot_key + first, *values = params_.hot_value + first;
         if constexpr (kBulkCopy) {
             if (lane_ == 0) {
@@ -173,7 +190,7 @@ class ItemStream {
     }
 
     const DecodeParams& params_;
-    Work<kHasExact> work_;
+    Shared& shared_;
     int lane_;
     int warp_in_team_;
     uint8_t* ring_;
@@ -187,6 +204,8 @@ class ItemStream {
     int end_;
     int units_;
     int page_;  // lanes 0 to 3: the pages of its units. An exact unit: its slot
+    int exact_slots_;  // lane i: the slot of the warp's i-th exact item of the segment, all looked up at once
+    int exact_items_;  // exact items of the segment that are behind
     const int32_t* table_;
     const uint8_t* head_;
 

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from manthanquant.cuda.module import module_for, stream_of
-from manthanquant.formats import UNIT_TOKENS, Format, Side, check_page_tokens
+from manthanquant.cuda.module import address, module_for, multiprocessors, stream_of, traceable
+from manthanquant.formats import UNIT_TOKENS, Format, Side, check_page_tokens, get_paged
 from manthanquant.jit.kernels import DECODE_ROWS, decode_extension
 from manthanquant.reference import HotPool
 from manthanquant.transform import LayerTransform, SideTransform, hadamard_block, signs
@@ -42,13 +44,6 @@ class SideTables:
     factor: Tensor | None = None
     order: Tensor | None = None
     matrix: Tensor | None = None
-
-    def structured(self) -> tuple[int, int, int]:
-        """Factor, order and elements between KV heads, as the binding takes them."""
-        if self.factor is None:
-            return 0, 0, 0
-        stride = 0 if self.factor.shape[0] == 1 else self.factor.shape[1]
-        return self.factor.data_ptr(), 0 if self.order is None else self.order.data_ptr(), stride
 
 
 @dataclass(frozen=True)
@@ -87,8 +82,17 @@ def decode_transform(transform: LayerTransform, fmt: Format, head_size: int, dev
 
 
 def rows_at_a_time(group: int, query_tokens: int) -> int:
-    """Which build serves `group` query heads a KV head and `query_tokens` new tokens a request."""
-    return DECODE_ROWS[0] if group * query_tokens <= DECODE_ROWS[0] else DECODE_ROWS[1]
+    """Which build serves `group` query heads a KV head and up to `query_tokens` new tokens a request."""
+    rows = group * query_tokens
+    return next((built for built in DECODE_ROWS if built >= rows), DECODE_ROWS[-1])
+
+
+@cache
+def _build(
+    fmt_name: str, head_size: int, rows: int, exact: bool, bulk_copy: bool | None, device: torch.device
+) -> ModuleType:
+    extension = decode_extension(get_paged(fmt_name), head_size, rows, exact=exact, bulk_copy=bulk_copy)
+    return module_for(extension, device)
 
 
 class DecodeAttention:
@@ -97,13 +101,13 @@ class DecodeAttention:
     Args:
         fmt, head_size, heads, kv_heads: of the layers.
         max_requests: a launch's most requests.
-        query_tokens: new tokens of each request, all attended causally.
+        query_tokens: most new tokens of a request, all attended causally.
         exact: whether calls may bring the exact tier; the kernel without it is a little faster.
         bulk_copy: see `decode_extension`.
         device: a CUDA device.
 
     The kernel is compiled, or found in the cache, here. Instances share nothing, so calls on different streams need
-    different instances.
+    different instances. Under `torch.compile` a call is one operator.
     """
 
     def __init__(
@@ -121,23 +125,23 @@ class DecodeAttention:
     ) -> None:
         if heads % kv_heads:
             raise ValueError(f"heads: {heads} query heads are no multiple of {kv_heads} KV heads")
-        rows = rows_at_a_time(heads // kv_heads, query_tokens)
-        build = module_for(decode_extension(fmt, head_size, rows, exact=exact, bulk_copy=bulk_copy), device)
-        self.build, self.fmt, self.head_size = build, fmt, head_size
+        self.rows = rows_at_a_time(heads // kv_heads, query_tokens)
+        build = _build(fmt.name, head_size, self.rows, exact, bulk_copy, device)
+        self.fmt, self.head_size, self.exact, self.bulk_copy = fmt, head_size, exact, bulk_copy
         self.heads, self.kv_heads, self.query_tokens = heads, kv_heads, query_tokens
         self.max_requests = max_requests
-        self.ctas = torch.cuda.get_device_properties(device).multi_processor_count
-        self.row_tiles = -(-heads // kv_heads * query_tokens // build.ROWS)
-        pairs = max_requests * kv_heads * self.row_tiles
-        most_teams = self.ctas * build.WARPS // build.SMALL_TEAM
-        slots = (pairs + most_teams) * (2 if build.MAX_EXACT_UNITS else 1)
-        self._tiles = torch.empty(slots, build.TILE_FLOATS, device=device)
-        self._states = torch.empty(slots, build.ROWS, 2, device=device)
-        self._arrivals = torch.zeros(pairs, dtype=torch.int32, device=device)
+        row_tiles = -(-heads // kv_heads * query_tokens // build.ROWS)
+        pairs = max_requests * kv_heads * row_tiles
+        most_teams = multiprocessors(device) * build.WARPS // build.SMALL_TEAM
+        slots = (pairs + most_teams) * (2 if exact else 1)
         shape = (max_requests * query_tokens, heads, head_size)
-        self._query_rows = torch.empty(shape, device=device)  # dense transforms only; small
-        self._coded_rows = torch.empty(shape, device=device)
-        self._exact_rows = torch.empty(shape, device=device) if build.MAX_EXACT_UNITS else None
+        # Parts of a pair: tiles of output, weights of rows, how many have arrived. Rows of dense transforms: small.
+        self._scratch = [
+            torch.empty(slots, build.PARTIAL_FLOATS, device=device, dtype=torch.float32),
+            torch.empty(slots, build.ROWS, device=device, dtype=torch.float32),
+            torch.zeros(pairs, device=device, dtype=torch.int32),
+            *(torch.empty(shape, device=device, dtype=torch.float32) for _ in range(3 if exact else 2)),
+        ]
 
     def __call__(
         self,
@@ -148,6 +152,7 @@ class DecodeAttention:
         transform: DecodeTransform,
         scale: float,
         *,
+        query_start_loc: Tensor | None = None,
         window: int | None = None,
         soft_cap: float | None = None,
         sink_logits: Tensor | None = None,
@@ -159,125 +164,209 @@ class DecodeAttention:
         """Attention of each request's newest tokens over its cached tokens, themselves included.
 
         Args:
-            query: bf16, fp16 or fp32 `[requests * query_tokens, heads, D]`, channels contiguous.
+            query: bf16, fp16 or fp32 `[tokens, heads, D]`, channels contiguous.
             cache: uint8 `[pages, KV heads, page tokens, token bytes]`, see `formats`.
             block_table: int32 `[requests, pages]`, a row contiguous.
             seq_lens: int32 `[requests]`, new tokens included; 0 gives zeros (a padded request).
             transform: of the layer.
             scale: of the softmax.
+            query_start_loc: int32 `[requests + 1]`: request r has the new tokens `query_start_loc[r]` to
+                `query_start_loc[r + 1]`, at most the instance's `query_tokens` (that is not checked: it would wait for
+                the GPU). None: `query_tokens` each. Rows of `out` of no request are left as they are.
             window: tokens a query sees, itself included; None for all.
             soft_cap: scores become `c tanh(score / c)`.
             sink_logits: fp32 `[heads]`: a logit that takes part in each row's softmax and has no value.
             hot, sink_tokens, recent_tokens: the exact tier, as `reference.attention` takes it; needs a build with it.
             out: as `query`; may have another dtype.
 
-        Lengths and table must be complete before the kernel that precedes this one on the stream starts: they are
-        read while that kernel ends. Raises `ValueError` for shapes, dtypes and strides that do not fit.
+        Lengths, starts and tables (`hot.slot` too) must be complete before the kernel that precedes this one on the
+        stream starts: they are read while that kernel ends. Raises `ValueError` for what does not fit.
         """
-        requests = seq_lens.shape[0]
         out = torch.empty_like(query) if out is None else out
-        self._check(query, cache, block_table, seq_lens, out, hot, sink_tokens, recent_tokens)
-        if requests == 0:
-            return out
-        params = self.build.DecodeParams()
-        stream = stream_of(query.device)
-
-        params.cache, params.page_stride, params.head_stride = cache.data_ptr(), cache.stride(0), cache.stride(1)
-        params.page_units = page_units = cache.shape[2] // UNIT_TOKENS
-        params.page_magic = -(-(1 << 31) // page_units)
-        params.block_table, params.table_stride = block_table.data_ptr(), block_table.stride(0)
-        params.seq_lens = seq_lens.data_ptr()
-        params.query, params.query_dtype = query.data_ptr(), _DTYPES[query.dtype]
-        params.query_token_stride, params.query_head_stride = query.stride(0), query.stride(1)
-        params.out, params.out_dtype = out.data_ptr(), _DTYPES[out.dtype]
-        params.out_token_stride, params.out_head_stride = out.stride(0), out.stride(1)
-        params.requests, params.kv_heads, params.group = requests, self.kv_heads, self.heads // self.kv_heads
-        params.query_tokens, params.row_tiles = self.query_tokens, self.row_tiles
-        params.scale_log2 = scale * LOG2_E
-        params.soft_cap_log2 = (soft_cap or 0.0) * LOG2_E
-        params.window = window or 0
-        params.sink_logits = 0 if sink_logits is None else sink_logits.data_ptr()
-        params.key_inverse, params.value_inverse = transform.key.structured(), transform.value.structured()
-        params.key_mean = 0 if transform.key_mean is None else transform.key_mean.data_ptr()
-        if hot is not None:
-            params.hot_key, params.hot_value, params.hot_slot = (t.data_ptr() for t in hot)
-            params.hot_slot_stride, params.hot_head_stride = hot.key.stride(0), hot.key.stride(1)
-            params.sink_units, params.recent_tokens = -(-sink_tokens // UNIT_TOKENS), max(recent_tokens, 0)
-        params.partial_tiles, params.partial_states = self._tiles.data_ptr(), self._states.data_ptr()
-        params.arrivals = self._arrivals.data_ptr()
-        params.negative_zero = _NEGATIVE_ZERO
-
-        if transform.key.matrix is not None:
-            self._dense(query, transform.key.matrix, self._query_rows[: query.shape[0]], None, stream)
-            params.transformed_query = self._query_rows.data_ptr()
-        if transform.value.matrix is not None:
-            params.coded_out = self._coded_rows.data_ptr()
-            params.exact_out = 0 if self._exact_rows is None else self._exact_rows.data_ptr()
-        pairs = requests * self.kv_heads * self.row_tiles
-        self.build.decode(params, self.ctas, pairs >= _SMALL_TEAMS_FROM * self.ctas, stream)
-        if transform.value.matrix is not None:
-            self._dense(self._coded_rows[: query.shape[0]], transform.value.matrix, out, self._exact_rows, stream)
+        _call(
+            query,
+            cache,
+            block_table,
+            seq_lens,
+            query_start_loc,
+            [transform.key.factor, transform.key.order, transform.key.matrix, transform.key_mean],
+            [transform.value.factor, transform.value.order, transform.value.matrix],
+            sink_logits,
+            list(hot) if hot is not None else [],
+            self._scratch,
+            out,
+            self.fmt.name,
+            self.rows,
+            [self.heads, self.kv_heads, self.head_size, self.max_requests, self.query_tokens],
+            self.exact,
+            self.bulk_copy,
+            scale,
+            soft_cap or 0.0,
+            window or 0,
+            sink_tokens,
+            max(recent_tokens, 0),
+        )
         return out
 
-    def _dense(self, rows: Tensor, matrix: Tensor, out: Tensor, addend: Tensor | None, stream: int) -> None:
-        params = self.build.DenseParams()
-        params.in_, params.in_dtype = rows.data_ptr(), _DTYPES[rows.dtype]
-        params.in_token_stride, params.in_head_stride = rows.stride(0), rows.stride(1)
-        params.matrix = matrix.data_ptr()
-        params.matrix_head_stride = 0 if matrix.shape[0] == 1 else matrix.stride(0)
-        params.addend = 0 if addend is None else addend.data_ptr()
-        params.out, params.out_dtype = out.data_ptr(), _DTYPES[out.dtype]
-        params.out_token_stride, params.out_head_stride = out.stride(0), out.stride(1)
-        params.tokens, params.kv_heads, params.group = rows.shape[0], self.kv_heads, self.heads // self.kv_heads
-        self.build.dense(params, stream)
 
-    def _check(
-        self,
-        query: Tensor,
-        cache: Tensor,
-        block_table: Tensor,
-        seq_lens: Tensor,
-        out: Tensor,
-        hot: HotPool | None,
-        sink_tokens: int,
-        recent_tokens: int,
-    ) -> None:
-        requests, rows = seq_lens.shape[0], (self.heads, self.head_size)
-        if requests > self.max_requests:
-            raise ValueError(f"seq_lens: {requests} requests, but this instance was made for {self.max_requests}")
-        for name, tensor in (("query", query), ("out", out)):
-            if tensor.dtype not in _DTYPES:
-                raise ValueError(f"{name}: dtype {tensor.dtype} is not supported: use one of {tuple(_DTYPES)}")
-            if tensor.shape != (requests * self.query_tokens, *rows) or tensor.stride(2) != 1:
-                raise ValueError(
-                    f"{name}: shape {tuple(tensor.shape)}, strides {tensor.stride()}: need "
-                    f"{(requests * self.query_tokens, *rows)} with contiguous channels"
-                )
-        check_page_tokens(cache.shape[2])
-        token_bytes = self.fmt.token_bytes(self.head_size)
-        run = (self.kv_heads, cache.shape[2], token_bytes)
-        if cache.dtype != torch.uint8 or cache.shape[1:] != run or cache.stride()[2:] != (token_bytes, 1):
+def _launch(
+    query: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor | None,
+    key: list[Tensor | None],
+    value: list[Tensor | None],
+    sink_logits: Tensor | None,
+    hot: list[Tensor],
+    scratch: list[Tensor],
+    out: Tensor,
+    fmt_name: str,
+    rows: int,
+    limits: list[int],
+    exact: bool,
+    bulk_copy: bool | None,
+    scale: float,
+    soft_cap: float,
+    window: int,
+    sink_tokens: int,
+    recent_tokens: int,
+) -> None:
+    """Checks and launches. Takes tensors and plain values only, so that it can be a torch operator."""
+    fmt, device, (heads, kv_heads, head_size, max_requests, query_tokens) = get_paged(fmt_name), query.device, limits
+    build = _build(fmt_name, head_size, rows, exact, bulk_copy, device)
+    (key_factor, key_order, key_matrix, key_mean), (value_factor, value_order, value_matrix) = key, value
+    _check_tensors(query, cache, out, fmt, heads, kv_heads, head_size)
+    _check_requests(query, block_table, seq_lens, query_start_loc, max_requests, query_tokens)
+    if hot:
+        _check_hot(hot, kv_heads, head_size, sink_tokens, recent_tokens, build.MAX_EXACT_UNITS)
+    requests, tokens = seq_lens.shape[0], query.shape[0]
+    if requests == 0 or tokens == 0:
+        return
+    tiles, weights, arrivals, query_rows, coded_rows, *exact_rows = scratch
+    params, stream, ctas = build.DecodeParams(), stream_of(device), multiprocessors(device)
+
+    params.cache, params.page_stride, params.head_stride = cache.data_ptr(), cache.stride(0), cache.stride(1)
+    params.page_units = page_units = cache.shape[2] // UNIT_TOKENS
+    params.page_magic = -(-(1 << 31) // page_units)
+    params.block_table, params.table_stride = block_table.data_ptr(), block_table.stride(0)
+    params.seq_lens = seq_lens.data_ptr()
+    params.query_start_loc = address(query_start_loc)
+    params.query, params.query_dtype = query.data_ptr(), _DTYPES[query.dtype]
+    params.query_token_stride, params.query_head_stride = query.stride(0), query.stride(1)
+    params.out, params.out_dtype = out.data_ptr(), _DTYPES[out.dtype]
+    params.out_token_stride, params.out_head_stride = out.stride(0), out.stride(1)
+    params.requests, params.kv_heads, params.group = requests, kv_heads, heads // kv_heads
+    params.query_tokens, params.tile_rows = query_tokens, build.ROWS
+    params.row_tiles = row_tiles = -(-params.group * query_tokens // build.ROWS)
+    params.scale_log2, params.soft_cap_log2 = scale * LOG2_E, soft_cap * LOG2_E
+    params.window = window
+    params.sink_logits = address(sink_logits)
+    params.key_inverse = _structured(key_factor, key_order)
+    params.value_inverse = _structured(value_factor, value_order)
+    params.key_mean = address(key_mean)
+    if hot:
+        params.hot_key, params.hot_value, params.hot_slot = (t.data_ptr() for t in hot)
+        params.hot_slot_stride, params.hot_head_stride = hot[0].stride(0), hot[0].stride(1)
+        params.sink_units, params.recent_tokens = -(-sink_tokens // UNIT_TOKENS), recent_tokens
+    params.partial_tiles, params.partial_weights = tiles.data_ptr(), weights.data_ptr()
+    params.arrivals = arrivals.data_ptr()
+    params.negative_zero = _NEGATIVE_ZERO
+
+    with torch.cuda.device(device):
+        if key_matrix is not None:
+            _multiply(build, query, key_matrix, query_rows[:tokens], None, kv_heads, stream)
+            params.transformed_query = query_rows.data_ptr()
+        if value_matrix is not None:
+            params.coded_out = coded_rows.data_ptr()
+            params.exact_out = address(exact_rows[0]) if exact else 0
+        build.decode(params, ctas, requests * kv_heads * row_tiles >= _SMALL_TEAMS_FROM * ctas, stream)
+        if value_matrix is not None:
+            addend = exact_rows[0] if exact else None
+            _multiply(build, coded_rows[:tokens], value_matrix, out, addend, kv_heads, stream)
+
+
+_call = traceable("decode", _launch, writes=("scratch", "out"))
+
+
+def _structured(factor: Tensor | None, order: Tensor | None) -> tuple[int, int, int]:
+    """A structured transform as the binding takes it: factor, order, elements between KV heads."""
+    stride = 0 if factor is None or factor.shape[0] == 1 else factor.shape[1]
+    return address(factor), address(order), stride
+
+
+def _multiply(
+    build: ModuleType, rows: Tensor, matrix: Tensor, out: Tensor, addend: Tensor | None, kv_heads: int, stream: int
+) -> None:
+    """Rows times a dense matrix a KV head, into `out`."""
+    params = build.DenseParams()
+    params.in_, params.in_dtype = rows.data_ptr(), _DTYPES[rows.dtype]
+    params.in_token_stride, params.in_head_stride = rows.stride(0), rows.stride(1)
+    params.matrix = matrix.data_ptr()
+    params.matrix_head_stride = 0 if matrix.shape[0] == 1 else matrix.stride(0)
+    params.addend = address(addend)
+    params.out, params.out_dtype = out.data_ptr(), _DTYPES[out.dtype]
+    params.out_token_stride, params.out_head_stride = out.stride(0), out.stride(1)
+    params.tokens, params.kv_heads, params.group = rows.shape[0], kv_heads, rows.shape[1] // kv_heads
+    build.dense(params, stream)
+
+
+def _check_tensors(
+    query: Tensor, cache: Tensor, out: Tensor, fmt: Format, heads: int, kv_heads: int, head_size: int
+) -> None:
+    shape = (query.shape[0], heads, head_size)
+    for name, tensor in (("query", query), ("out", out)):
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"{name}: dtype {tensor.dtype} is not supported: use one of {tuple(_DTYPES)}")
+        if tensor.shape != shape or tensor.stride(2) != 1:
             raise ValueError(
-                f"cache: {cache.dtype} {tuple(cache.shape)}, strides {cache.stride()}: need uint8 [pages, {run[0]}, "
-                f"page tokens, {token_bytes}] with the tokens of a page and head contiguous"
+                f"{name}: shape {tuple(tensor.shape)}, strides {tensor.stride()}: need {shape} with contiguous channels"
             )
-        if cache.stride(0) % 16 or cache.stride(1) % 16 or cache.data_ptr() % 16:
-            raise ValueError(f"cache: strides {cache.stride()} and address must be multiples of 16 bytes")
-        for name, table in (("block_table", block_table), ("seq_lens", seq_lens)):
-            if table.dtype != torch.int32 or table.stride(-1) != 1:
-                raise ValueError(f"{name}: need int32, the last dimension contiguous; got {table.dtype}")
-        if block_table.shape[0] != requests:
-            raise ValueError(f"block_table: {block_table.shape[0]} rows for {requests} requests")
-        if hot is None:
-            return
-        units = -(-sink_tokens // UNIT_TOKENS) + -(-max(recent_tokens, 0) // UNIT_TOKENS) + 1
-        if units > self.build.MAX_EXACT_UNITS:
-            raise ValueError(
-                f"recent_tokens, sink_tokens: {recent_tokens} and {sink_tokens} are {units} units, but this build "
-                f"keeps {self.build.MAX_EXACT_UNITS}: ask for fewer, or for a build with the exact tier"
-            )
-        for name, pool in (("hot.key", hot.key), ("hot.value", hot.value)):
-            if pool.dtype != torch.bfloat16 or pool.shape[1:] != (self.kv_heads, UNIT_TOKENS, self.head_size):
-                raise ValueError(f"{name}: {pool.dtype} {tuple(pool.shape)}: need bfloat16 [slots, KV heads, 16, D]")
-            if pool.stride() != hot.key.stride() or pool.stride()[2:] != (self.head_size, 1):
-                raise ValueError(f"{name}: strides {pool.stride()}: both pools alike, units contiguous")
+    check_page_tokens(cache.shape[2])
+    token_bytes = fmt.token_bytes(head_size)
+    run = (kv_heads, cache.shape[2], token_bytes)
+    if cache.dtype != torch.uint8 or cache.shape[1:] != run or cache.stride()[2:] != (token_bytes, 1):
+        raise ValueError(
+            f"cache: {cache.dtype} {tuple(cache.shape)}, strides {cache.stride()}: need uint8 [pages, {run[0]}, "
+            f"page tokens, {token_bytes}] with the tokens of a page and head contiguous"
+        )
+    if cache.stride(0) % 16 or cache.stride(1) % 16 or cache.data_ptr() % 16:
+        raise ValueError(f"cache: strides {cache.stride()} and address must be multiples of 16 bytes")
+
+
+def _check_requests(
+    query: Tensor, block_table: Tensor, seq_lens: Tensor, query_start_loc: Tensor | None, max_requests: int, most: int
+) -> None:
+    requests = seq_lens.shape[0]
+    if requests > max_requests:
+        raise ValueError(f"seq_lens: {requests} requests, but this instance was made for {max_requests}")
+    tables = {"block_table": block_table, "seq_lens": seq_lens, "query_start_loc": query_start_loc}
+    for name, table in tables.items():
+        if table is not None and (table.dtype != torch.int32 or table.stride(-1) != 1):
+            raise ValueError(f"{name}: need int32, the last dimension contiguous; got {table.dtype}")
+    if block_table.shape[0] != requests:
+        raise ValueError(f"block_table: {block_table.shape[0]} rows for {requests} requests")
+    if query_start_loc is None and query.shape[0] != requests * most:
+        raise ValueError(f"query: {query.shape[0]} tokens, need {most} for each of {requests} requests")
+    if query_start_loc is not None and (len(query_start_loc) != requests + 1 or query.shape[0] > max_requests * most):
+        raise ValueError(
+            f"query_start_loc: {len(query_start_loc)} entries for {requests} requests, query: {query.shape[0]} tokens; "
+            f"need {requests + 1} entries and at most {max_requests * most} tokens"
+        )
+
+
+def _check_hot(
+    hot: list[Tensor], kv_heads: int, head_size: int, sink_tokens: int, recent_tokens: int, most_units: int
+) -> None:
+    units = -(-sink_tokens // UNIT_TOKENS) + -(-recent_tokens // UNIT_TOKENS) + 1
+    if units > most_units:
+        raise ValueError(
+            f"recent_tokens, sink_tokens: {recent_tokens} and {sink_tokens} are {units} units, but this build keeps "
+            f"{most_units}: ask for fewer, or for a build with the exact tier"
+        )
+    key, value, _ = hot
+    for name, pool in (("hot.key", key), ("hot.value", value)):
+        if pool.dtype != torch.bfloat16 or pool.shape[1:] != (kv_heads, UNIT_TOKENS, head_size):
+            raise ValueError(f"{name}: {pool.dtype} {tuple(pool.shape)}: need bfloat16 [slots, KV heads, 16, D]")
+        if pool.stride() != key.stride() or pool.stride()[2:] != (head_size, 1):
+            raise ValueError(f"{name}: strides {pool.stride()}: both pools alike, units contiguous")

@@ -42,3 +42,8 @@ def traceable(name: str, launch: Callable[..., None], *, writes: tuple[str, ...]
         (operator if torch.compiler.is_compiling() else launch)(*arguments)
 
     return call
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -12,7 +12,7 @@ from manthanquant.jit.spec import Extension
 CSRC = Path(__file__).parent.parent / "csrc"
 _CUDA_TYPES = {"bfloat16": "__nv_bfloat16", "float16": "__half"}
 DTYPES = tuple(_CUDA_TYPES)
-DECODE_ROWS = (4, 8)  # (query token, head) rows of a KV head that a decode kernel works on at a time
+DECODE_ROWS = (4, 8, 16)  # (query token, head) rows of a KV head that a decode kernel works on at a time
 
 
 @cache
@@ -51,7 +51,7 @@ def store_extension(fmt: Format, head_size: int, dtype: str, *, stmatrix: bool |
 def decode_extension(
     fmt: Format, head_size: int, rows: int, *, exact: bool, bulk_copy: bool | None = None
 ) -> Extension:
-    """Decode attention, for one format, head size and rows at a time (4 or 8), with or without the exact tier.
+    """Decode attention, for one format, head size and rows at a time (`DECODE_ROWS`), with or without the exact tier.
 
     `bulk_copy` False forces the path for GPUs without bulk copies; None lets the architecture choose.
     """

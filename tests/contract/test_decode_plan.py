@@ -82,14 +82,16 @@ void print_plan(const mq::DecodeParams& params, int teams, int team_warps) {
     }
 }
 
-// Requests' lengths on stdin; arguments: exact, KV heads, row tiles, teams, team warps, window, sink units, recent
-// tokens.
+// Requests' lengths and new tokens on stdin; arguments: exact, KV heads, row tiles, teams, team warps, window, sink
+// units, recent tokens. A row tile is one new token.
 int main(int, char** argv) {
-    std::vector<int> lengths;
-    for (int x; std::scanf("%d", &x) == 1;) lengths.push_back(x);
+    std::vector<int> lengths, starts{0};
+    for (int length, tokens; std::scanf("%d %d", &length, &tokens) == 2;)
+        lengths.push_back(length), starts.push_back(starts.back() + tokens);
     mq::DecodeParams params{};
-    params.seq_lens = lengths.data(), params.requests = lengths.size(), params.query_tokens = 1;
-    params.kv_heads = std::atoi(argv[2]), params.row_tiles = std::atoi(argv[3]);
+    params.seq_lens = lengths.data(), params.query_start_loc = starts.data(), params.requests = lengths.size();
+    params.kv_heads = std::atoi(argv[2]), params.row_tiles = params.query_tokens = std::atoi(argv[3]);
+    params.group = params.tile_rows = 1;
     params.window = std::atoi(argv[6]), params.sink_units = std::atoi(argv[7]);
     params.recent_tokens = std::atoi(argv[8]);
     std::vector<std::thread> lanes;
@@ -151,10 +153,14 @@ def random_cases(count: int):
 
 
 @pytest.mark.parametrize(("arguments", "lengths"), [*CASES, *random_cases(12)])
-def test_every_item_once(planner: Path, arguments: tuple[int, ...], lengths: list[int]) -> None:
+@pytest.mark.parametrize("ragged", [False, True])
+def test_every_item_once(planner: Path, arguments: tuple[int, ...], lengths: list[int], ragged: bool) -> None:
+    kv_heads, row_tiles = arguments[1:3]
+    rng = random.Random(len(lengths))
+    new = [rng.randint(0, row_tiles) if ragged else row_tiles for _ in lengths]
     done = subprocess.run(
         [planner, *map(str, arguments)],
-        input=" ".join(map(str, lengths)),
+        input=" ".join(f"{length} {tokens}" for length, tokens in zip(lengths, new)),
         capture_output=True,
         text=True,
         check=True,
@@ -165,8 +171,7 @@ def test_every_item_once(planner: Path, arguments: tuple[int, ...], lengths: lis
         _team, request, head, tile, *rest = map(int, line.split())
         pairs[request, head, tile].append(tuple(rest))
         slots.append(rest[4])
-    kv_heads, row_tiles = arguments[1:3]
-    assert len(pairs) == len(lengths) * kv_heads * row_tiles, "a pair was left out"
+    assert len(pairs) == kv_heads * sum(new), "a pair was left out"
     assert len(set(slots)) == len(slots), "two parts share a slot"
     for parts in pairs.values():
         parts.sort()

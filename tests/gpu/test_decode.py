@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.decode_cases import Case, Inputs, expected, make_inputs, relative_error
 
+from manthanquant import reference
 from manthanquant.cuda.decode import ERROR_BOUND, DecodeAttention, decode_transform
 from manthanquant.formats import PAGED_FORMATS, SUPPORTED_HEAD_SIZES
 
@@ -46,6 +47,7 @@ def run(case: Case, inputs: Inputs, attention: DecodeAttention | None = None) ->
         transform,
         inputs.scale,
         hot=inputs.hot,
+        query_start_loc=None if case.new is None else inputs.query_start_loc,
         out=out,
         **inputs.options,
     )
@@ -62,10 +64,15 @@ def test_formats_and_head_sizes(name: str, head_size: int) -> None:
     check(Case(format=name, head_size=head_size))
 
 
-@pytest.mark.parametrize("heads", [2, 4, 6, 10, 16, 32])
+@pytest.mark.parametrize("heads", [2, 4, 6, 10, 16, 18, 32, 40])
 @pytest.mark.parametrize("name", ["k3v3", "k42v42"])
 def test_groups(name: str, heads: int) -> None:
     check(Case(format=name, heads=heads, lengths=(300, 1, 70)))
+
+
+@pytest.mark.parametrize("head_size", SUPPORTED_HEAD_SIZES)
+def test_groups_of_sixteen(head_size: int) -> None:
+    check(Case(format="k42v3", head_size=head_size, heads=32, lengths=(300, 1, 70)))
 
 
 @pytest.mark.parametrize("page_tokens", [16, 48, 64, 128])
@@ -109,6 +116,23 @@ def test_several_query_tokens_are_causal(query_tokens: int, heads: int, window: 
     check(Case(query_tokens=query_tokens, heads=heads, window=window, lengths=(5, 17, 64, 700)))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"heads": 8},  # one row tile of 16 at most
+        {"heads": 2, "kv_heads": 1, "window": 50},
+        {"heads": 16, "format": "k42v42", "transform": "dense"},  # up to two
+        {"heads": 8, "format": "k42v3", "transform": "gain", "key_mean": True, "sink_tokens": 4, "recent_tokens": 128},
+    ],
+)
+def test_requests_with_different_numbers_of_new_tokens(options: dict) -> None:
+    check(Case(query_tokens=4, new=(1, 4, 0, 2, 3, 1, 0), lengths=(1, 17, 40, 64, 700, 2000, 5), **options))
+
+
+def test_requests_without_new_tokens_alone() -> None:
+    check(Case(query_tokens=2, new=(0,) * 40 + (1,), lengths=(100,) * 41))
+
+
 def test_padded_requests_give_zeros() -> None:
     check(Case(lengths=(0, 5, 0, 100)))
 
@@ -130,14 +154,16 @@ def test_exact_tier(hot_missing: float) -> None:
         {"format": "k42v3", "head_size": 80, "query_tokens": 2, "lengths": (2, 17, 64, 2000), "key_mean": True},
         {"head_size": 256, "heads": 16, "dtype": torch.float16},
         {"format": "k42v3", "cp_async": True, "page_tokens": 16},
+        {"heads": 32, "window": 200, "hot_missing": 0.0},
     ],
 )
 def test_exact_tier_with_everything(options: dict) -> None:
     check(Case(**{**EXACT, **options}))
 
 
-def test_learned_sinks() -> None:
-    case = Case(format="k42v3", key_mean=True, transform="gain")
+@pytest.mark.parametrize("soft_cap", [None, 9.0])
+def test_learned_sinks(soft_cap: float | None) -> None:
+    case = Case(format="k42v3", key_mean=True, transform="gain", soft_cap=soft_cap)
     inputs = make_inputs(case)
     logits = torch.linspace(-2, 6, case.heads, device=DEVICE)
     inputs.options["sink_logits"] = logits
@@ -151,8 +177,6 @@ def test_learned_sinks() -> None:
 
 def sink_share(case: Case, inputs: Inputs, logits: torch.Tensor) -> torch.Tensor:
     """The probability mass of the keys, `[requests, heads]`, by dequantised scores."""
-    from manthanquant import reference
-
     rows = []
     for row, length in enumerate(case.lengths):
         keys = reference.read(inputs.cache, inputs.block_table[row], length, case.fmt, "key", case.head_size)
@@ -161,6 +185,8 @@ def sink_share(case: Case, inputs: Inputs, logits: torch.Tensor) -> torch.Tensor
         scores = torch.einsum("hgd,lhd->hgl", grouped, keys).reshape(case.heads, length) * inputs.scale
         mean = inputs.transform.key.mean.repeat_interleave(case.heads // case.kv_heads, 0)
         scores += (inputs.query[row].float() * mean).sum(-1, keepdim=True) * inputs.scale
+        if case.soft_cap is not None:
+            scores = case.soft_cap * (scores / case.soft_cap).tanh()
         rows.append(torch.sigmoid(scores.logsumexp(-1) - logits))
     return torch.stack(rows)
 
@@ -234,13 +260,28 @@ def test_graph_replays_are_equal_at_lengths_it_was_not_captured_for(exact: bool)
             assert torch.equal(out, eager)
 
 
+def test_torch_compile_sees_one_operator() -> None:
+    case = Case(format="k42v3", transform="gain")
+    inputs, attention = make_inputs(case), attention_for(case)
+    transform = decode_transform(inputs.transform, case.fmt, case.head_size, DEVICE)
+
+    def step(query: torch.Tensor) -> torch.Tensor:
+        out = attention(query * 2, inputs.cache, inputs.block_table, inputs.seq_lens, transform, inputs.scale)
+        return out + 1
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(inputs.query), step(inputs.query))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda i: {"query": i.query[:, :4]}, "query"),
         (lambda i: {"cache": i.cache[:, :1]}, "cache"),
         (lambda i: {"block_table": i.block_table.long()}, "block_table"),
-        (lambda i: {"seq_lens": i.seq_lens[:2]}, "query"),
+        (lambda i: {"seq_lens": i.seq_lens[:2]}, "block_table"),
+        (lambda i: {"query": i.query[:3]}, "query"),
+        (lambda i: {"query_start_loc": i.query_start_loc[:3]}, "query_start_loc"),
     ],
 )
 def test_bad_arguments_are_named(change, message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from manthanquant.transform import (
 
 @dataclass
 class Case:
-    """One launch. Lengths include the `query_tokens` new tokens of each request."""
+    """One launch. Lengths include the new tokens of each request: `query_tokens`, or `new[request]` where given."""
 
     format: str = "k3v3"
     head_size: int = 128
@@ -29,6 +30,7 @@ class Case:
     lengths: tuple[int, ...] = (1, 17, 64, 100, 513)
     page_tokens: int = 64
     query_tokens: int = 1
+    new: tuple[int, ...] | None = None
     transform: str = "hadamard"
     dtype: torch.dtype = torch.bfloat16
     window: int | None = None
@@ -43,6 +45,11 @@ class Case:
     @property
     def fmt(self) -> Format:
         return get_paged(self.format)
+
+    @property
+    def starts(self) -> list[int]:
+        """Where each request's queries begin, and where the last one's end."""
+        return [0, *accumulate(self.new or [self.query_tokens] * len(self.lengths))]
 
     @property
     def exact(self) -> bool:
@@ -136,9 +143,8 @@ def make_inputs(case: Case, device: str = "cuda") -> Inputs:
             pool[owner[has], :, slots[has] % UNIT_TOKENS] = x[has]
         hot = reference.HotPool(*pools, slot)
 
-    count = len(case.lengths) * case.query_tokens
-    query = (2 * random(count, case.heads, size)).to(case.dtype)
-    starts = torch.arange(len(case.lengths) + 1, dtype=torch.int32, device=device) * case.query_tokens
+    query = (2 * random(case.starts[-1], case.heads, size)).to(case.dtype)
+    starts = torch.tensor(case.starts, dtype=torch.int32, device=device)
     lengths = torch.tensor(case.lengths, dtype=torch.int32, device=device)
     options = {
         "window": case.window,
@@ -156,14 +162,14 @@ def expected(case: Case, inputs: Inputs) -> Tensor:
         hot = reference.HotPool(hot.key.nan_to_num(), hot.value.nan_to_num(), hot.slot)
     out = torch.zeros_like(inputs.query, dtype=torch.float32)
     for row, length in enumerate(case.lengths):
-        new = slice(row * case.query_tokens, (row + 1) * case.query_tokens)
-        if length > 0:
+        new = slice(*case.starts[row : row + 2])
+        if length > 0 and new.start < new.stop:
             out[new] = reference.attention(
                 inputs.query[new],
                 inputs.cache,
                 inputs.block_table[row : row + 1],
                 inputs.seq_lens[row : row + 1],
-                inputs.query_start_loc[:2],
+                inputs.query_start_loc[row : row + 2] - new.start,
                 case.fmt,
                 inputs.transform,
                 inputs.scale,

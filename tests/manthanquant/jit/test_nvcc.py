@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from manthanquant.formats import K42V3
-from manthanquant.jit import JitError, cuda_arch, named, nvcc, obtain
+from manthanquant.jit import Extension, JitError, cuda_arch, named, nvcc, obtain
 from manthanquant.jit.kernels import cuda_extensions, vectors_extension
 
 
@@ -66,13 +66,15 @@ def test_no_nvcc_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.compile
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
-def test_every_kernel_compiles_without_a_gpu(arch: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "extension", [*cuda_extensions(K42V3, 64, "bfloat16"), vectors_extension()], ids=lambda extension: extension.name
+)
+def test_every_kernel_compiles_without_a_gpu(extension: Extension, arch: str, tmp_path: Path) -> None:
     try:
         nvcc.find_nvcc()
     except JitError as error:
         pytest.skip(str(error))
-    for extension in (*cuda_extensions(K42V3, 64, "bfloat16"), vectors_extension()):
-        result = obtain(extension, named(arch), cache_dir=tmp_path)
-        assert result.source == "Built" and result.arch == arch
-        undefined = subprocess.run(["nm", "-uC", str(result.path)], capture_output=True, text=True, check=True).stdout
-        assert "mq::" not in undefined
+    result = obtain(extension, named(arch), cache_dir=tmp_path)
+    assert result.source == "Built" and result.arch == arch
+    undefined = subprocess.run(["nm", "-uC", str(result.path)], capture_output=True, text=True, check=True).stdout
+    assert "mq::" not in undefined
