@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from manthanquant.bench.result import Result
+from manthanquant.bench.result import OURS, Result
 from manthanquant.bench.timing import Roof
+
+COLUMNS = 2  # of panels
 
 
 @dataclass(frozen=True)
@@ -51,25 +53,43 @@ def write_json(path: Path, results: Sequence[Result], roof: Roof, setting: Setti
 
 
 def draw(path: Path, results: Sequence[Result], roof: Roof, setting: Setting) -> None:
-    """A bar a result that memory bounds: its share of the read bandwidth. Needs matplotlib."""
+    """A panel a case that memory bounds, a bar a subject: its share of the read bandwidth. Needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    results = [r for r in results if not r.operations]
-    figure, axes = pyplot.subplots(figsize=(11, 0.32 * len(results) + 1.2))
-    shares = [100 * r.gigabytes_per_second / roof.read for r in results]
-    colours = ["#1f6f8b" if r.is_ours else "#b8b8b8" for r in results]
-    places = range(len(results))
-    axes.barh(places, shares, color=colours)
-    axes.set_yticks(places, [f"{r.suite}: {r.case}: {r.subject}" for r in results], fontsize=7)
-    for place, share, r in zip(places, shares, results):
-        axes.text(share + 0.5, place, f"{r.milliseconds:.4f} ms", va="center", fontsize=7)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 112)
-    axes.axvline(100, color="#444444", linewidth=0.8)
-    axes.set_xlabel(f"% of the measured read bandwidth, {roof.read:,.0f} GB/s ({setting.card}, {setting.date})")
+    cases: dict[tuple[str, str], list[Result]] = {}
+    for r in results:
+        if not r.operations:
+            cases.setdefault((r.suite, r.case), []).append(r)
+    panels = list(cases.items())
+    heights = [max(len(rows) for _, rows in panels[i : i + COLUMNS]) + 4 for i in range(0, len(panels), COLUMNS)]
+    figure, grid = pyplot.subplots(
+        len(heights),
+        COLUMNS,
+        figsize=(14, 0.16 * sum(heights) + 0.8),
+        height_ratios=heights,
+        squeeze=False,
+    )
+    for axes in grid.flat[len(panels) :]:
+        axes.remove()
+    for axes, ((suite, case), rows) in zip(grid.flat, panels):
+        shares = [100 * r.gigabytes_per_second / roof.read for r in rows]
+        axes.barh(range(len(rows)), shares, color=["#1f6f8b" if r.is_ours else "#b8b8b8" for r in rows])
+        axes.set_yticks(range(len(rows)), [r.subject.removeprefix(f"{OURS} ") for r in rows], fontsize=7)
+        for place, (share, r) in enumerate(zip(shares, rows)):
+            axes.text(share + 1, place, f"{r.milliseconds:.4f} ms", va="center", fontsize=6)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 115)
+        axes.set_xticks([0, 50, 100])
+        axes.tick_params(axis="x", labelsize=6)
+        axes.axvline(100, color="#444444", linewidth=0.8)
+        axes.set_title(f"{suite}: {case}", fontsize=8, loc="left")
+    figure.supxlabel(
+        f"% of the measured read bandwidth, {roof.read:,.0f} GB/s; {OURS} in colour ({setting.card}, {setting.date})",
+        fontsize=8,
+    )
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)
     pyplot.close(figure)
