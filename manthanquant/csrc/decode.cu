@@ -66,8 +66,11 @@ cudaError_t launch_decode(const DecodeParams& params, int ctas, bool small_teams
 }
 
 cudaError_t launch_dense(const DenseParams& params, cudaStream_t stream) {
-    const dim3 grid(params.kv_heads, ceil_div(params.tokens * params.group, kDenseRows<MQ_HEAD_SIZE>));
-    return launch(dense_kernel<MQ_HEAD_SIZE>, grid, kDenseGroups * MQ_HEAD_SIZE / 4, 0, stream, params);
+    const int columns = ceil_div(MQ_HEAD_SIZE / 8, kDenseWarps);
+    int rows = ceil_div(params.tokens * params.group, kDenseRows);
+    rows = ceil_div(rows, ceil_div(params.kv_heads * rows * columns, kMostDenseCtas));  // alike for all
+    const dim3 grid(params.kv_heads, rows, columns);
+    return launch(dense_kernel<MQ_HEAD_SIZE>, grid, kDenseWarps * kLanes, 0, stream, params);
 }
 
 }  // namespace mq

@@ -79,13 +79,13 @@ struct DecodeParams {
 };
 
 // Rows times a dense matrix. Rows [tokens, heads, D]; row (t, h) meets the matrix of KV head h / group. Strides in
-// elements, channels contiguous.
+// elements, channels contiguous; strides and addresses of `in` are multiples of four elements.
 struct DenseParams {
     const void* in;
     Dtype in_dtype;
     int64_t in_token_stride;
     int64_t in_head_stride;
-    const float* matrix;         // [KV heads, D, D]: out[e] = sum_d in[d] matrix[d][e]
+    const uint16_t* matrix;      // out[e] = sum_d in[d] matrix[d][e], as B fragments, see dense_kernel
     int64_t matrix_head_stride;  // 0 when all KV heads share one
     const float* addend;         // fp32 [tokens, heads, D] contiguous, or null
     void* out;

@@ -4,8 +4,9 @@
 nothing when it is given `out`, and never waits for the GPU, so it can be captured in a CUDA graph; a captured call is
 right and balanced for any sequence lengths and block table it is replayed with, up to the shapes it was captured for.
 
-Accuracy: queries are 15-bit and probabilities 16-bit integers; against attention in fp64 over the dequantised cache
-the output's relative L2 error is below `ERROR_BOUND` (before it is rounded to the output's dtype).
+Accuracy: queries are 15-bit and probabilities 16-bit integers; a dense matrix and what it multiplies are sums of two
+bf16. Against attention in fp64 over the dequantised cache the output's relative L2 error is below `ERROR_BOUND` (before
+it is rounded to the output's dtype).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from manthanquant.cuda.fragments import b_fragments
 from manthanquant.cuda.module import address, module_for, multiprocessors, stream_of, traceable
 from manthanquant.formats import UNIT_TOKENS, Format, Side, check_page_tokens, get_paged
 from manthanquant.jit.kernels import DECODE_ROWS, decode_extension
@@ -38,7 +40,7 @@ class SideTables:
     Attributes:
         factor: fp32 `[KV heads or 1, D]`, structured transforms; None for a dense one.
         order: int32, same shape; None for the identity.
-        matrix: fp32 `[KV heads or 1, D, D]`, dense transforms: rows times matrix. None for a structured one.
+        matrix: dense transforms, as `dense_fragments` gives it. None for a structured one.
     """
 
     factor: Tensor | None = None
@@ -59,7 +61,7 @@ def _side_tables(transform: SideTransform, fmt: Format, side: Side, head_size: i
     if transform.kind in ("none", "dense"):
         # Queries: q T^-1. Outputs: rows times the transpose of T^-1.
         matrix = transform.inverse if side == "key" else transform.inverse.transpose(1, 2)
-        return SideTables(matrix=matrix.to(device, torch.float32).contiguous())
+        return SideTables(matrix=dense_fragments(matrix).to(device))
     # H diag(s) diag(gain) P, inverted or inverse-transposed: the same butterflies with s / gain, H's norm included.
     norm = [hadamard_block(n) ** -0.5 for n in fmt.segments(side, head_size) for _ in range(n)]
     factor = (torch.tensor(norm) * torch.tensor(signs(head_size, side)))[None]
@@ -69,6 +71,17 @@ def _side_tables(transform: SideTransform, fmt: Format, side: Side, head_size: i
         factor=(factor / transform.gain.cpu()).to(device).contiguous(),
         order=transform.order.to(device, torch.int32).contiguous(),
     )
+
+
+def dense_fragments(matrix: Tensor) -> Tensor:
+    """What rows are multiplied by, `[H, D, D]`, dealt to lanes as csrc/decode_dense.cuh reads it.
+
+    bf16 `[H, D / 8, D / 16, lane, (high, low), (register, element)]`: output tiles, k steps.
+    """
+    dealt = b_fragments(matrix.transpose(1, 2).float().cpu(), torch.float32, grouped_in=True, grouped_out=False)
+    dealt = dealt.unflatten(-1, (2, 4)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    high = dealt.bfloat16()
+    return torch.stack([high, (dealt - high.float()).bfloat16()], dim=-2).contiguous()
 
 
 def decode_transform(transform: LayerTransform, fmt: Format, head_size: int, device: torch.device) -> DecodeTransform:
@@ -236,7 +249,7 @@ def _launch(
     fmt, device, (heads, kv_heads, head_size, max_requests, query_tokens) = get_paged(fmt_name), query.device, limits
     build = _build(fmt_name, head_size, rows, exact, bulk_copy, device)
     (key_factor, key_order, key_matrix, key_mean), (value_factor, value_order, value_matrix) = key, value
-    _check_tensors(query, cache, out, fmt, heads, kv_heads, head_size)
+    _check_tensors(query, cache, out, fmt, heads, kv_heads, head_size, by_fours=key_matrix is not None)
     _check_requests(query, block_table, seq_lens, query_start_loc, max_requests, query_tokens)
     if hot:
         _check_hot(hot, kv_heads, head_size, sink_tokens, recent_tokens, build.MAX_EXACT_UNITS)
@@ -312,7 +325,15 @@ def _multiply(
 
 
 def _check_tensors(
-    query: Tensor, cache: Tensor, out: Tensor, fmt: Format, heads: int, kv_heads: int, head_size: int
+    query: Tensor,
+    cache: Tensor,
+    out: Tensor,
+    fmt: Format,
+    heads: int,
+    kv_heads: int,
+    head_size: int,
+    *,
+    by_fours: bool,
 ) -> None:
     shape = (query.shape[0], heads, head_size)
     for name, tensor in (("query", query), ("out", out)):
@@ -322,6 +343,11 @@ def _check_tensors(
             raise ValueError(
                 f"{name}: shape {tuple(tensor.shape)}, strides {tensor.stride()}: need {shape} with contiguous channels"
             )
+    if by_fours and (query.stride(0) % 4 or query.stride(1) % 4 or query.data_ptr() % (4 * query.element_size())):
+        raise ValueError(
+            f"query: strides {query.stride()} and address must be multiples of four elements with a dense transform: "
+            "copy it"
+        )
     check_page_tokens(cache.shape[2])
     token_bytes = fmt.token_bytes(head_size)
     run = (kv_heads, cache.shape[2], token_bytes)

@@ -87,9 +87,15 @@ def test_transforms(kind: str, key_mean: bool) -> None:
     check(Case(format="k42v42", transform=kind, key_mean=key_mean))
 
 
+@pytest.mark.parametrize("head_size", [80, 256])
+def test_dense_transforms_of_other_head_sizes(head_size: int) -> None:
+    check(Case(format="k42v42", head_size=head_size, heads=16, transform="dense", lengths=(300, 1, 70)))
+
+
+@pytest.mark.parametrize("transform", ["hadamard", "dense"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_query_dtypes(dtype: torch.dtype) -> None:
-    check(Case(dtype=dtype))
+def test_query_dtypes(dtype: torch.dtype, transform: str) -> None:
+    check(Case(dtype=dtype, transform=transform))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
