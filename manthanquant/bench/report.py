@@ -77,7 +77,7 @@ def draw(path: Path, results: Sequence[Result], roof: Roof, setting: Setting) ->
     for axes, ((suite, case), rows) in zip(grid.flat, panels):
         shares = [100 * r.gigabytes_per_second / roof.read for r in rows]
         axes.barh(range(len(rows)), shares, color=["#1f6f8b" if r.is_ours else "#b8b8b8" for r in rows])
-        axes.set_yticks(range(len(rows)), [r.subject.removeprefix(f"{OURS} ") for r in rows], fontsize=7)
+        axes.set_yticks(range(len(rows)), [r.subject.removeprefix(f"{OURS} ") for r in rows], fontsize=6)
         for place, (share, r) in enumerate(zip(shares, rows)):
             axes.text(share + 1, place, f"{r.milliseconds:.4f} ms", va="center", fontsize=6)
         axes.invert_yaxis()
