@@ -10,7 +10,7 @@
 //   4. Pack and write. The columns of T are dealt to fragments so that a lane ends up with exactly the channels that
 //      the page wants it to own: keys need no exchange at all, values one 8 x 8 transposition of codes.
 //
-// A tile is about 1,000 instructions a lane, and issuing them is what takes the time: unrolled, so that none is spent on
+// A tile is about 1,000 instructions a lane, and issuing them is what takes the time: unrolled, none is spent on
 // addresses and loops. The grid is no larger than what runs at once.
 //
 // Which 16 tokens? A window is 16 consecutive entries of slot_mapping, or 8 where tokens are few. Tokens that fill a
@@ -52,11 +52,12 @@ constexpr int kMatrixWarps = kHeadSize > 128 ? 4 : 8;         // share a matrix 
 constexpr int kWarpsPerProcessor = kHeadSize > 128 ? 8 : 16;  // what registers allow
 constexpr int kLeastWindow = 8;                               // tokens a warp looks at, where tokens are few
 
-// Shared memory: the operand's fragments, then each warp's next X.
+// Shared memory: the operand's fragments, each warp's next X, a counter.
 constexpr int kMatrixBytes = kHeadSize * kHeadSize * 2;
 constexpr int kRotationBytes = kHeadSize * 16 * 2;
 constexpr int kRowPitch = kHeadSize * 2 + 16;  // an odd number of 16 bytes: eight rows' reads meet no bank twice
 constexpr int kWarpBytes = kRows * kRowPitch;
+constexpr int kCounterBytes = 16;
 
 // The channel, in a block of 16, of column n (0..7) of the block's n tile 0 or 1. Keys: the lane that holds columns
 // 2 c and 2 c + 1 of both tiles gets channels 4 c to 4 c + 3. Values: as they come.
@@ -428,17 +429,22 @@ __device__ __forceinline__ void store_tile(const StoreParams& p, const StoreSide
     }
 }
 
-template <class Side, bool kIsKey, class Operand>
+template <class Side, bool kIsKey, class Operand, bool kInTurns>
 __device__ __forceinline__ void store_side(const StoreParams& p) {
     const StoreSide& side = p.sides[kIsKey ? 0 : 1];
     const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes;
     const int head = blockIdx.y;
     extern __shared__ uint8_t shared_bytes[];
     const bool any_matrix = p.sides[0].is_matrix || p.sides[1].is_matrix;
-    Inbox inbox(shared_bytes + (any_matrix ? kMatrixBytes : kRotationBytes) + warp * kWarpBytes, lane);
+    uint8_t* inboxes = shared_bytes + (any_matrix ? kMatrixBytes : kRotationBytes);
+    Inbox inbox(inboxes + warp * kWarpBytes, lane);
 
-    const int windows = (p.tokens + p.window - 1) / p.window, stride = gridDim.x * warps;
-    int window = blockIdx.x * warps + warp;
+    // In turns: every gridDim.x-th window is the CTA's, and its warps take one after the other as they get done. The
+    // scheduler favours some of them, and would leave the others' share to the end.
+    const int windows = (p.tokens + p.window - 1) / p.window;
+    int window = kInTurns ? warp * gridDim.x + blockIdx.x : blockIdx.x * warps + warp;
+    int* taken = reinterpret_cast<int*>(inboxes + warps * kWarpBytes);
+    if (kInTurns && threadIdx.x == 0) *taken = warps;
     // A window's rows are asked for before its slots are known: from where the previous one's unit started.
     int expected = 0;
     int64_t slot = -1;
@@ -448,11 +454,21 @@ __device__ __forceinline__ void store_side(const StoreParams& p) {
     if (window < windows) {
         inbox.request(side, p, window * p.window, head);
         slot = slot_of(p, window * p.window + lane);
+    } else {
+        cp_async_commit();  // so that every warp's operand is its last group but one
     }
-    cp_async_wait<0>();
-    __syncthreads();  // the operand's fragments
-    for (; window < windows; window += stride) {
-        const int base = window * p.window, next = base + stride * p.window;
+    cp_async_wait<1>();
+    __syncthreads();  // the operand's fragments, and `*taken`
+    while (window < windows) {
+        const int base = window * p.window;
+        if constexpr (kInTurns) {
+            int turn = 0;
+            if (lane == 0) turn = atomicAdd(taken, 1);
+            window = __shfl_sync(kFullWarp, turn, 0) * gridDim.x + blockIdx.x;
+        } else {
+            window += gridDim.x * warps;
+        }
+        const int next = window * p.window;
         const Window work = survey(p, base, slot, lane);
         if (next < p.tokens) slot = slot_of(p, next + lane);
         bool whole = work.unit_start >= 0;
@@ -488,14 +504,14 @@ __global__ void __launch_bounds__(kMostWarps* kLanes, kWarpsPerProcessor / kMost
     using Value = CacheUnit::Value;
     if (blockIdx.z == 0) {
         if (kMayBeMatrix && p.sides[0].is_matrix)
-            store_side<Key, true, MatrixOperand>(p);
+            store_side<Key, true, MatrixOperand, kMayBeMatrix>(p);
         else
-            store_side<Key, true, RotationOperand<Key>>(p);
+            store_side<Key, true, RotationOperand<Key>, kMayBeMatrix>(p);
     } else {
         if (kMayBeMatrix && p.sides[1].is_matrix)
-            store_side<Value, false, MatrixOperand>(p);
+            store_side<Value, false, MatrixOperand, kMayBeMatrix>(p);
         else
-            store_side<Value, false, RotationOperand<Value>>(p);
+            store_side<Value, false, RotationOperand<Value>, kMayBeMatrix>(p);
     }
 }
 
@@ -512,7 +528,7 @@ cudaError_t launch(StoreParams p, cudaStream_t stream) {
     if (status == cudaSuccess)
         status = cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (status != cudaSuccess) return status;
-    const int fitting = (most_shared - kOperand) / kWarpBytes;
+    const int fitting = (most_shared - kOperand - kCounterBytes) / kWarpBytes;
     if (fitting < 1) return cudaErrorInvalidConfiguration;  // Python says so before it comes to this
     // A few tokens are better spread over the processors: one by one they take long to write.
     const int pairs = 2 * p.kv_heads;  // of head and side
@@ -520,7 +536,7 @@ cudaError_t launch(StoreParams p, cudaStream_t stream) {
         p.window /= 2;
     const int windows = ceil_div(p.tokens, p.window);
     const int warps = std::min({std::max(1, windows * pairs / processors), kMostWarps, fitting});
-    const int shared = kOperand + warps * kWarpBytes;
+    const int shared = kOperand + warps * kWarpBytes + kCounterBytes;
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (status == cudaSuccess)
         status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, warps * kLanes, shared);

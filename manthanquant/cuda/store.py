@@ -24,7 +24,8 @@ from manthanquant.reference import HotPool
 from manthanquant.transform import LayerTransform, SideTransform, hadamard, hadamard_block, signs
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_PADDING = 8  # elements between rows of a tile in shared memory
+# Of the kernel's shared memory, see csrc/store.cu: elements between rows of a tile, and what its warps share.
+_PADDING, _COUNTER_BYTES = 8, 16
 
 
 def tie(boundary: float) -> float:
@@ -78,7 +79,7 @@ def prepare(
     prepared = StoreTransform(fmt, head_size, dtype, *sides)
     if device.type == "cuda" and (prepared.key.is_matrix or prepared.value.is_matrix):
         has = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
-        needs = dtype.itemsize * (head_size * head_size + UNIT_TOKENS * (head_size + _PADDING))
+        needs = dtype.itemsize * (head_size * head_size + UNIT_TOKENS * (head_size + _PADDING)) + _COUNTER_BYTES
         if needs > has:
             raise ValueError(
                 f"transform: a {transform.key.kind} one of head size {head_size} needs {needs} bytes of shared memory, "
