@@ -50,6 +50,12 @@ test: lint ## set up, lint, and run every test: units, the real engine, a real c
 test-unit: environment ## only what needs neither engine nor cluster (under two minutes)
 	$(PYTEST) -m "$(UNIT)"
 
+.PHONY: test-gpu
+test-gpu: python3 ## the CUDA kernels' tests, where there is an NVIDIA GPU and a python3 with CUDA's PyTorch and pytest
+	PYTHONPATH=. python3 -m manthanquant build --dtype bfloat16 --dtype float16 \
+		$(addprefix --format ,k3v3 k42v3 k42v42 k4v4)
+	PYTHONPATH=.:tests python3 -m pytest tests/gpu
+
 .PHONY: lint
 lint: environment ## style, types, import layers
 	.venv/bin/ruff check .

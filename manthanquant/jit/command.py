@@ -11,7 +11,7 @@ from pathlib import Path
 
 import manthanquant
 from manthanquant.formats import DEFAULT_FORMAT, PAGED_FORMATS, SUPPORTED_HEAD_SIZES, FormatError, get_paged
-from manthanquant.jit.arch import ARCHES, Arch, detect_cpu, is_cuda, named
+from manthanquant.jit.arch import ARCHES, Arch, cuda_arch, detect_cpu, is_cuda, named
 from manthanquant.jit.build import default_cache_dir, obtain, ship
 from manthanquant.jit.cache import KernelCache
 from manthanquant.jit.errors import JitError
@@ -23,7 +23,7 @@ PRUNE_DAYS = 30  # long enough for a rollback, or for replicas of two versions o
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     arches, formats = ", ".join(arch.name for arch in ARCHES), ", ".join(PAGED_FORMATS)
-    parser.add_argument("--arch", action="append", help=f"repeatable; default: this machine's. One of {arches}")
+    parser.add_argument("--arch", action="append", help=f"repeatable; default: this machine's CPU and GPUs. One of {arches}")
     parser.add_argument("--format", action="append", help=f"repeatable; default: {DEFAULT_FORMAT}. One of {formats}")
     parser.add_argument("--head-size", action="append", type=int, help=f"repeatable; default: {SUPPORTED_HEAD_SIZES}")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help=f"GPUs only; repeatable; default: {DTYPES[0]}")
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
             for entry in cache.prune(manthanquant.__version__, args.older_than * 86400):
                 print(f"removed {entry}")
             return 0
-        for arch in [named(name) for name in args.arch] if args.arch else [detect_cpu()]:
+        for arch in [named(name) for name in args.arch] if args.arch else of_this_machine():
             with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
                 extensions = list(_extensions(arch, args))
                 make = lambda e, arch=arch: ship(e, arch, args.output) if args.output else obtain(e, arch)
@@ -53,6 +53,14 @@ def run(args: argparse.Namespace) -> int:
         print(f"manthanquant build: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def of_this_machine() -> list[Arch]:
+    """The CPU's architecture, and each one of the GPUs that PyTorch sees. Raises `JitError` for an unsupported GPU."""
+    import torch
+
+    capabilities = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
+    return [detect_cpu(), *map(cuda_arch, sorted(capabilities))]
 
 
 def _extensions(arch: Arch, args: argparse.Namespace) -> Iterator[Extension]:
