@@ -23,7 +23,9 @@ PRUNE_DAYS = 30  # long enough for a rollback, or for replicas of two versions o
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     arches, formats = ", ".join(arch.name for arch in ARCHES), ", ".join(PAGED_FORMATS)
-    parser.add_argument("--arch", action="append", help=f"repeatable; default: this machine's CPU and GPUs. One of {arches}")
+    parser.add_argument(
+        "--arch", action="append", help=f"repeatable; default: this machine's CPU and GPUs. One of {arches}"
+    )
     parser.add_argument("--format", action="append", help=f"repeatable; default: {DEFAULT_FORMAT}. One of {formats}")
     parser.add_argument("--head-size", action="append", type=int, help=f"repeatable; default: {SUPPORTED_HEAD_SIZES}")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help=f"GPUs only; repeatable; default: {DTYPES[0]}")
