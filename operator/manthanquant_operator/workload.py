@@ -58,9 +58,8 @@ def deployment(qm: QuantizedModel, plan: Plan) -> dict[str, Any]:
 def plan_job(qm: QuantizedModel, plan: Plan) -> dict[str, Any]:
     """Resolves the model and estimates the cache once. A Job cannot be changed, so its name holds its content."""
     prepare = _prepare(qm, plan)
-    prepare["args"].append(
-        "--plan"
-    )  # no kernels: what this node would build says nothing of where the model will serve
+    # No kernels: what this node would build says nothing of where the model will serve.
+    prepare["args"].append("--plan")
     template = {
         "metadata": {"labels": names.labels(qm, names.PLAN)},
         "spec": {
