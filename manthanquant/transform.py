@@ -49,6 +49,12 @@ def hadamard_block(segment: int) -> int:
     return segment & -segment
 
 
+def rotation_factor(fmt: Format, side: Side, head_size: int) -> Tensor:
+    """What `hadamard` transforms multiply each channel by around sums and differences: sign and norm, fp32 `[D]`."""
+    norm = [hadamard_block(n) ** -0.5 for n in fmt.segments(side, head_size) for _ in range(n)]
+    return torch.tensor(norm) * torch.tensor(signs(head_size, side))
+
+
 def hadamard(order: int) -> Tensor:
     """The orthonormal Sylvester-Hadamard matrix, fp64 `[order, order]`; `order` is a power of two."""
     matrix = torch.ones(1, 1, dtype=torch.float64)

@@ -20,7 +20,6 @@ from manthanquant.bench.result import Result
 if TYPE_CHECKING:
     from manthanquant.bench.timing import Roof
 
-HELP = "time the kernels beside those of others"
 # Each has `run(peers) -> Iterator[Result]`.
 SUITES = {
     "store": "manthanquant.bench.store",

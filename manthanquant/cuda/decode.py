@@ -24,7 +24,7 @@ from manthanquant.cuda.module import address, module_for, multiprocessors, strea
 from manthanquant.formats import UNIT_TOKENS, Format, Side, check_page_tokens, get_paged
 from manthanquant.jit.kernels import DECODE_ROWS, decode_extension
 from manthanquant.reference import HotPool
-from manthanquant.transform import LayerTransform, SideTransform, hadamard_block, signs
+from manthanquant.transform import LayerTransform, SideTransform, rotation_factor
 
 ERROR_BOUND = 5e-4
 LOG2_E = math.log2(math.e)
@@ -63,8 +63,7 @@ def _side_tables(transform: SideTransform, fmt: Format, side: Side, head_size: i
         matrix = transform.inverse if side == "key" else transform.inverse.transpose(1, 2)
         return SideTables(matrix=dense_fragments(matrix).to(device))
     # H diag(s) diag(gain) P, inverted or inverse-transposed: the same butterflies with s / gain, H's norm included.
-    norm = [hadamard_block(n) ** -0.5 for n in fmt.segments(side, head_size) for _ in range(n)]
-    factor = (torch.tensor(norm) * torch.tensor(signs(head_size, side)))[None]
+    factor = rotation_factor(fmt, side, head_size)[None]
     if transform.gain is None or transform.order is None:
         return SideTables(factor=factor.to(device))
     return SideTables(

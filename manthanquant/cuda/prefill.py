@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from manthanquant.cuda.fragments import b_fragments
-from manthanquant.cuda.module import address, module_for, stream_of, traceable
+from manthanquant.cuda.module import address, module_for, require_shared_memory, stream_of, traceable
 from manthanquant.cuda.prefill_plan import Call, plan_calls
 from manthanquant.formats import SIDES, UNIT_TOKENS, Format, Side, get_paged
 from manthanquant.jit.kernels import prefix_extension
 from manthanquant.packing import pages_as_units
 from manthanquant.reference import HotPool
-from manthanquant.transform import LayerTransform, SideTransform, hadamard_block, signs
+from manthanquant.transform import LayerTransform, SideTransform, rotation_factor
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 WORKSPACE_TOKENS = 32768
@@ -103,21 +103,14 @@ def prefix_transform(transform: LayerTransform, fmt: Format, head_size: int, dev
     sides = (_operand(s, fmt, name, head_size, device) for s, name in zip((transform.key, transform.value), SIDES))
     prepared = PrefixTransform(fmt, head_size, *sides)
     needs = max(0 if side.matrix is None else 2 * head_size**2 for side in (prepared.key, prepared.value))
-    if device.type == "cuda":
-        has = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
-        if needs > has:
-            raise ValueError(
-                f"transform: a {transform.key.kind} one of head size {head_size} needs {needs} bytes of shared memory, "
-                f"this GPU has {has}: calibrate with --calibration gain"
-            )
+    require_shared_memory(needs, transform.key.kind, head_size, device)
     return prepared
 
 
 def _operand(side: SideTransform, fmt: Format, name: Side, head_size: int, device: torch.device) -> PrefixOperand:
     mean = None if side.mean is None else side.mean.cpu().float()
     if side.kind in ("hadamard", "gain"):
-        norm = [hadamard_block(n) ** -0.5 for n in fmt.segments(name, head_size) for _ in range(n)]
-        factor, order = (torch.tensor(norm) * torch.tensor(signs(head_size, name)))[None], None
+        factor, order = rotation_factor(fmt, name, head_size)[None], None
         if side.gain is not None and side.order is not None:
             order = side.order.cpu()
             factor, mean = factor / side.gain.cpu(), None if mean is None else mean.gather(1, order)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from manthanquant.cuda.fragments import BLOCK, b_fragments
-from manthanquant.cuda.module import address, module_for, stream_of, traceable
+from manthanquant.cuda.module import address, module_for, require_shared_memory, stream_of, traceable
 from manthanquant.formats import LANES, SIDES, UNIT_TOKENS, Format, Side, get_paged
 from manthanquant.jit.kernels import store_extension
 from manthanquant.packing import pages_as_units
@@ -77,14 +77,9 @@ def prepare(
         for side, name in zip((transform.key, transform.value), SIDES)
     )
     prepared = StoreTransform(fmt, head_size, dtype, *sides)
-    if device.type == "cuda" and (prepared.key.is_matrix or prepared.value.is_matrix):
-        has = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+    if prepared.key.is_matrix or prepared.value.is_matrix:
         needs = dtype.itemsize * (head_size * head_size + UNIT_TOKENS * (head_size + _PADDING)) + _COUNTER_BYTES
-        if needs > has:
-            raise ValueError(
-                f"transform: a {transform.key.kind} one of head size {head_size} needs {needs} bytes of shared memory, "
-                f"this GPU has {has}: calibrate with --calibration gain"
-            )
+        require_shared_memory(needs, transform.key.kind, head_size, device)
     return prepared
 
 
