@@ -19,6 +19,8 @@ from manthanquant.reference import HotPool
 
 PAGE_TOKENS, SMALL_PAGE_TOKENS, PEER_PAGE_TOKENS = 64, 16, 16
 RECENT_TOKENS, SINK_TOKENS = 128, 4
+DEFAULT = (K42V3, "dense")
+TRANSFORMED = (DEFAULT, (K42V3, "gain"), (K3V3, "hadamard"))
 CALLS = 4
 
 
@@ -58,10 +60,9 @@ def run(peers: bool) -> Iterator[Result]:
     torch.manual_seed(0)
     for shape in SHAPES:
         for page_tokens in (PAGE_TOKENS, SMALL_PAGE_TOKENS):
-            for fmt, kind in ((K3V3, "hadamard"), (K42V3, "gain"), (K42V42, "hadamard"), (K4V4, "hadamard")):
+            for fmt, kind in (*TRANSFORMED, (K42V42, "hadamard"), (K4V4, "hadamard")):
                 yield _ours(fmt, kind, shape, page_tokens)
-        yield _ours(K42V3, "dense", shape, PAGE_TOKENS)
-        for fmt, kind in ((K3V3, "hadamard"), (K42V3, "gain"), (K42V3, "dense")):
+        for fmt, kind in TRANSFORMED:
             yield _ours(fmt, kind, shape, PAGE_TOKENS, recent_tokens=RECENT_TOKENS)
         if peers and importlib.util.find_spec("vllm"):
             yield _flash_attention("bf16", torch.bfloat16, shape)
@@ -69,7 +70,7 @@ def run(peers: bool) -> Iterator[Result]:
             yield _turboquant(shape, bits=3, key_bytes=50, value_bytes=52)
         torch.cuda.empty_cache()
     for shape in OTHER_SHAPES:
-        yield _ours(K42V3, "gain", shape, PAGE_TOKENS)
+        yield _ours(*DEFAULT, shape, PAGE_TOKENS)
         torch.cuda.empty_cache()
 
 
