@@ -84,7 +84,7 @@ def _save(output: Path, results: Sequence[Result], roof: Roof, setting: Setting)
 def _setting() -> Setting:
     import torch
 
-    peers = [f"{name} {importlib.metadata.version(name)}" for name in PEER_PACKAGES if importlib.util.find_spec(name)]
+    peers = [_peer(name) for name in PEER_PACKAGES if importlib.util.find_spec(name)]
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
     return Setting(
@@ -96,6 +96,13 @@ def _setting() -> Setting:
         peers=", ".join(peers),
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
     )
+
+
+def _peer(name: str) -> str:
+    try:
+        return f"{name} {importlib.metadata.version(name)}"
+    except importlib.metadata.PackageNotFoundError:  # on the path, but not installed
+        return f"{name}, version unknown"
 
 
 def _heading(setting: Setting, read: float) -> str:
