@@ -59,13 +59,6 @@ constexpr int kRowPitch = kHeadSize * 2 + 16;  // an odd number of 16 bytes: eig
 constexpr int kWarpBytes = kRows * kRowPitch;
 constexpr int kCounterBytes = 16;
 
-// The channel, in a block of 16, of column n (0..7) of the block's n tile 0 or 1. Keys: the lane that holds columns
-// 2 c and 2 c + 1 of both tiles gets channels 4 c to 4 c + 3. Values: as they come.
-template <bool kIsKey>
-__device__ constexpr int output_channel(int tile, int column) {
-    return kIsKey ? 4 * (column / 2) + 2 * (column % 2) + tile : 8 * tile + column;
-}
-
 // 16 rows of X on their way to a warp, in shared memory.
 class Inbox {
 public:
@@ -97,12 +90,15 @@ public:
 
     // A fragments, a block of 16 channels each.
     __device__ __forceinline__ void load(uint32_t (&a)[4], int block) const {
-        load_matrices(a, rows_ + lane_ % 16 * kRowPitch + lane_ / 16 * 16 + block * 32);
+        load_matrices(a, fragment(block));
     }
 
-    // The same with channels in another order. Channels become rows of shared memory, of eight tokens each, and the
-    // fragments are read from those by address: `order[block][lane]` says where the lane's row begins.
-    __device__ __forceinline__ void reorder(uint32_t (&x)[kBlocks][4], const uint32_t* order) const {
+    // Puts the channels in another order. They become rows of shared memory, of eight tokens each; fragments are read
+    // from those by address (`order[block][lane]` says where the lane's row begins) and go back as they came.
+    __device__ __forceinline__ void reorder(const uint32_t* order) const {
+        uint32_t x[kBlocks][4];
+#pragma unroll
+        for (int block = 0; block < kBlocks; ++block) load(x[block], block);
         __syncwarp();
         const uint32_t row = rows_ + lane_ / 8 % 2 * (kHeadSize * 16) + (lane_ / 16 * 8 + lane_ % 8) * 16;
 #pragma unroll
@@ -111,24 +107,36 @@ public:
 #pragma unroll
         for (int block = 0; block < kBlocks; ++block)
             load_matrices_transposed(x[block], rows_ + __ldg(order + block * kLanes + lane_));
+        __syncwarp();
+#pragma unroll
+        for (int block = 0; block < kBlocks; ++block) store_matrices(fragment(block), x[block]);
+        __syncwarp();
     }
 
     __device__ __forceinline__ uint32_t rows() const { return rows_; }
 
 private:
+    // Where the lane's row of a block's fragment is.
+    __device__ __forceinline__ uint32_t fragment(int block) const {
+        return rows_ + lane_ % 16 * kRowPitch + lane_ / 16 * 16 + block * 32;
+    }
+
     uint32_t rows_;
     int lane_;
 };
 
+// Y is made, and rounded to fp16, so many blocks at a time. Fewer would need more matrix instructions to mix blocks.
+constexpr int kGroup = 4;
+using GroupOfY = float[kGroup][2][4];  // [block][n tile], C fragments
+
 // A block of X times its B fragments, {b0, b1} of the block's two n tiles: into a block of Y, or on top of it.
-__device__ __forceinline__ void multiply_block(float (&y)[2 * kBlocks][4], int out, bool first, const uint32_t (&a)[4],
-                                               uint4 b) {
+__device__ __forceinline__ void multiply_block(float (&y)[2][4], bool first, const uint32_t (&a)[4], uint4 b) {
     if (first) {
-        mma_16bit_first<Element>(y[2 * out], a, b.x, b.y);
-        mma_16bit_first<Element>(y[2 * out + 1], a, b.z, b.w);
+        mma_16bit_first<Element>(y[0], a, b.x, b.y);
+        mma_16bit_first<Element>(y[1], a, b.z, b.w);
     } else {
-        mma_16bit<Element>(y[2 * out], a, b.x, b.y);
-        mma_16bit<Element>(y[2 * out + 1], a, b.z, b.w);
+        mma_16bit<Element>(y[0], a, b.x, b.y);
+        mma_16bit<Element>(y[1], a, b.z, b.w);
     }
 }
 
@@ -145,7 +153,8 @@ __device__ __forceinline__ const uint4* request_fragments(const StoreSide& side,
 
 // T = H diag(gains) P: P reorders channels, gains carry signs, H is block diagonal with Sylvester-Hadamard blocks,
 // H[m][k] = (-1)^popcount(m & k) within a block. Bits 0 to 3 of m and k are a product by matrix instructions, with one
-// 16 x 16 matrix a block of channels, its gains in it; the higher bits are sums and differences of whole blocks of Y.
+// 16 x 16 matrix a block of channels, its gains in it. So are bits that tell one group of blocks from another. Those
+// between are sums and differences of a group's blocks.
 template <class Side>
 struct RotationOperand {
     const uint4* fragments;  // [block][lane] -> {b0, b1} of the block's two n tiles
@@ -155,23 +164,37 @@ struct RotationOperand {
         : fragments(request_fragments<kBlocks * kLanes>(side, head, lane)),
           order(side.order == nullptr ? nullptr : side.order + head * kBlocks * kLanes) {}
 
-    __device__ __forceinline__ void multiply(float (&y)[2 * kBlocks][4], const Inbox& inbox) const {
-        uint32_t x[kBlocks][4];
+    __device__ __forceinline__ void prepare(const Inbox& inbox) const {
+        if (order != nullptr) inbox.reorder(order);
+    }
+
+    // Blocks `from` to `from` + `count` of Y, a group: on top of what is there, if `kOnTop`.
+    template <bool kOnTop>
+    __device__ __forceinline__ void multiply(GroupOfY& y, int from, int count, const Inbox& inbox) const {
+        using R = Rotation<Side>;
 #pragma unroll
-        for (int block = 0; block < kBlocks; ++block) inbox.load(x[block], block);
-        if (order != nullptr) inbox.reorder(x, order);
+        for (int i = 0; i < count; ++i) {
+            const int out = from + i;
+            bool first = !kOnTop;
 #pragma unroll
-        for (int block = 0; block < kBlocks; ++block)
-            multiply_block(y, block, true, x[block], fragments[block * kLanes]);
+            for (int in = 0; in < kBlocks; ++in) {
+                if (!R::mixes(in, out) || (in - out) % kGroup != 0) continue;
+                uint32_t a[4];
+                inbox.load(a, in);
+                uint4 b = fragments[in * kLanes];
+                if (R::negates(in, from)) b = make_uint4(b.x ^ kSignBits, b.y ^ kSignBits, b.z ^ kSignBits, b.w ^ kSignBits);
+                multiply_block(y[i], first, a, b);
+                first = false;
+            }
+        }
 #pragma unroll
-        for (int step = 1; step < kBlocks; step *= 2) {
+        for (int step = 1; step < kGroup; step *= 2) {
 #pragma unroll
-            for (int block = 0; block < kBlocks; ++block) {
-                const int cls = Rotation<Side>::class_of(block), place = block - Side::first_channel(cls) / 16;
-                if (step >= Rotation<Side>::order_blocks(cls) || (place & step) != 0) continue;
+            for (int i = 0; i < count; ++i) {
+                if (!R::pairs(from + i, step)) continue;
 #pragma unroll
-                for (int i = 0; i < 8; ++i) {
-                    float &low = y[2 * block + i / 4][i % 4], &high = y[2 * (block + step) + i / 4][i % 4];
+                for (int e = 0; e < 8; ++e) {
+                    float &low = y[i][e / 4][e % 4], &high = y[i + step][e / 4][e % 4];
                     const float sum = low + high;
                     high = low - high;
                     low = sum;
@@ -188,15 +211,17 @@ struct MatrixOperand {
     __device__ MatrixOperand(const StoreSide& side, int head, int lane)
         : fragments(request_fragments<kBlocks * kBlocks * kLanes>(side, head, lane)) {}
 
-    __device__ __forceinline__ void multiply(float (&y)[2 * kBlocks][4], const Inbox& inbox) const {
+    __device__ __forceinline__ void prepare(const Inbox&) const {}
+
+    template <bool kOnTop>
+    __device__ __forceinline__ void multiply(GroupOfY& y, int from, int count, const Inbox& inbox) const {
 #pragma unroll
         for (int in = 0; in < kBlocks; ++in) {
             uint32_t a[4];
             inbox.load(a, in);
 #pragma unroll
-            for (int out = 0; out < kBlocks; ++out) {
-                multiply_block(y, out, in == 0, a, fragments[(in * kBlocks + out) * kLanes]);
-            }
+            for (int i = 0; i < count; ++i)
+                multiply_block(y[i], !kOnTop && in == 0, a, fragments[(in * kBlocks + from + i) * kLanes]);
         }
     }
 };
@@ -306,61 +331,139 @@ __device__ __forceinline__ void write_token(uint8_t* unit, const uint32_t (&code
         *reinterpret_cast<uint16_t*>(unit + CacheUnit::scale_offset + scale_place(kIsKey ? 0 : 1, token)) = scales;
 }
 
-// Y = X T^T - T mean, and the squared norm of each of the lane's rows and classes.
-template <class Side, bool kIsKey, class Operand>
-__device__ __forceinline__ void transform(float (&y)[2 * kBlocks][4], float (&square)[2][Side::classes],
+// Y = X T^T - T mean of a tile.
+template <class Side>
+struct Transformed {
+    uint32_t y[kBlocks][4];          // fp16 pairs: A fragments
+    float square[2][Side::classes];  // squared norms of the lane's rows g and g + 8, a class each
+};
+
+// `kRescaled`: y comes times `factor`.
+template <class Side, bool kIsKey, bool kRescaled, class Operand>
+__device__ __forceinline__ void transform(Transformed<Side>& out, const float (&factor)[2][Side::classes],
                                           const StoreSide& side, const Operand& operand, const Inbox& inbox, int head,
                                           int lane) {
-    operand.multiply(y, inbox);
-    if (kIsKey && side.minus_mean != nullptr) {
-        const float4* mean = reinterpret_cast<const float4*>(side.minus_mean + head * kHeadSize) + lane % 4;
 #pragma unroll
-        for (int block = 0; block < kBlocks; ++block) {
-            const float4 start = __ldg(mean + 4 * block);
-            const float four[2][2] = {{start.x, start.z}, {start.y, start.w}};  // [n tile][column 2 c, 2 c + 1]
+    for (int cls = 0; cls < Side::classes; ++cls) {
+        const int end = (Side::first_channel(cls) + Side::channels(cls)) / 16;
+        float square[2] = {};
 #pragma unroll
-            for (int i = 0; i < 8; ++i) y[2 * block + i / 4][i % 4] += four[i / 4][i % 2];
+        for (int from = Side::first_channel(cls) / 16; from < end; from += kGroup) {
+            const int count = end - from < kGroup ? end - from : kGroup;
+            GroupOfY group;
+            if (kIsKey) {
+                const auto* start = reinterpret_cast<const float4*>(
+                    reinterpret_cast<const uint8_t*>(side.start) + head * side.start_head_stride) + from * 8 + lane % 4;
+#pragma unroll
+                for (int i = 0; i < 2 * count; ++i) {
+                    // No __ldg: mend would keep what is loaded here in registers, and it hardly ever runs.
+                    const float4 four = start[4 * i];
+                    group[i / 2][i % 2][0] = four.x;
+                    group[i / 2][i % 2][1] = four.y;
+                    group[i / 2][i % 2][2] = four.z;
+                    group[i / 2][i % 2][3] = four.w;
+                }
+            }
+            operand.template multiply<kIsKey>(group, from, count, inbox);
+#pragma unroll
+            for (int i = 0; i < 4 * count; ++i) {
+                const int block = i / 4, tile = i / 2 % 2, row = i % 2;
+                float low = group[block][tile][2 * row], high = group[block][tile][2 * row + 1];
+                if (kRescaled) {
+                    low *= factor[row][cls];
+                    high *= factor[row][cls];
+                }
+                square[row] += low * low;
+                square[row] += high * high;
+                out.y[from + block][2 * tile + row] = bits_of(__floats2half2_rn(low, high));
+            }
         }
+        for (int row = 0; row < 2; ++row) out.square[row][cls] = sum_of_four_lanes(square[row]);
     }
-    for (auto& row : square)
-        for (float& sum : row) sum = 0.f;
+}
+
+// Squared norms of `n` elements for which fp16 does: no element is too large, and boundaries are normal numbers.
+constexpr float kLargestSquare = 0x1p31f;
+__device__ constexpr float least_square(int n) { return n * 0x1p-20f; }
+
+// Looks after rows that fp16 does not suit, which is rare: vectors that are not finite become zero, and are counted;
+// very large and very small ones are transformed again, times `factor`, a power of two, which becomes other than 1.
+template <class Side, bool kIsKey, class Operand>
+__device__ __forceinline__ void mend(Transformed<Side>& tile, float (&factor)[2][Side::classes], const StoreParams& p,
+                                     const StoreSide& side, const Operand& operand, const Inbox& inbox, uint32_t rows,
+                                     int first, int head, int lane) {
+    constexpr float kLargest = 3.40282347e38f;
+    bool again = false, zero[2] = {};
+    uint32_t bad = 0u;
 #pragma unroll
-    for (int i = 0; i < 2 * kBlocks; ++i) {
-        const int cls = 8 * i < Side::channels(0) ? 0 : 1;
+    for (int row = 0; row < 2; ++row) {
+        float total = 0.f;
 #pragma unroll
-        for (int e = 0; e < 4; ++e) square[e / 2][cls] += y[i][e] * y[i][e];
+        for (int cls = 0; cls < Side::classes; ++cls) {
+            const float square = tile.square[row][cls];
+            total += square;
+            if (square > 0.f && square <= kLargest && !(square >= least_square(Side::channels(cls)) && square <= kLargestSquare)) {
+                factor[row][cls] = exp2f(static_cast<float>(-(ilogbf(square) >> 1)));
+                again = true;
+            }
+        }
+        zero[row] = !(total <= kLargest);
+        if (zero[row]) bad |= 1u << (lane / 4 + 8 * row);
     }
-    for (auto& row : square)
-        for (float& sum : row) sum = sum_of_four_lanes(sum);
+    if (__any_sync(kFullWarp, again)) {
+        inbox.request(side, p, first, head);
+        inbox.await();
+        operand.prepare(inbox);
+        transform<Side, kIsKey, true>(tile, factor, side, operand, inbox, head, lane);
+    }
+#pragma unroll
+    for (int row = 0; row < 2; ++row)
+        if (zero[row])
+            for (float& square : tile.square[row]) square = 0.f;  // then scale 0, whatever the codes
+    bad = __reduce_or_sync(kFullWarp, bad) & rows;
+    if (lane == 0 && bad != 0u && p.nonfinite != nullptr)
+        atomicAdd(p.nonfinite, static_cast<unsigned long long>(__popc(bad)));
+    if (p.hot_slots != nullptr) write_hot_rows(side, p, inbox.rows(), first, bad, true, head, lane);
+}
+
+template <class Side>
+__device__ __forceinline__ bool suits_fp16(const Transformed<Side>& tile) {
+    bool result = true;
+#pragma unroll
+    for (int i = 0; i < 2 * Side::classes; ++i) {
+        const int cls = i / 2;
+        const float square = tile.square[i % 2][cls];
+        result = result && square >= least_square(Side::channels(cls)) && square <= kLargestSquare;
+    }
+    return result;
 }
 
 // One class of channels to codes, a word of eight nibbles a block. Of keys: row g's four, row g + 8's four. Of values:
 // for column 2 c, then 2 c + 1, n tile 0's rows g and g + 8, n tile 1's.
 template <class Side, bool kIsKey, int cls>
 __device__ __forceinline__ void quantize_class(uint32_t (&codes)[kBlocks], float (&scale)[2][Side::classes],
-                                               const float (&y)[2 * kBlocks][4],
-                                               const float (&square)[2][Side::classes], const StoreSide& side,
-                                               int lane) {
+                                               const Transformed<Side>& tile, const float (&factor)[2][Side::classes],
+                                               const StoreSide& side, int lane) {
     constexpr int kChannels = Side::channels(cls), kFirst = Side::first_channel(cls) / 16;
     using Q = Quantizer<Side::bits(cls)>;
     constexpr float kTiny = 1e-38f;
-    float factor[2];
+    typename Q::Boundaries boundaries[2];
 #pragma unroll
     for (int row = 0; row < 2; ++row)
-        factor[row] = sqrtf(static_cast<float>(kChannels)) * rsqrtf(fmaxf(square[row][cls], kTiny));
+        Q::scale_boundaries(boundaries[row], sqrt_approx(tile.square[row][cls] * (1.f / kChannels)));
     RowDots dots;
 #pragma unroll
     for (int block = kFirst; block < kFirst + kChannels / 16; ++block) {
         QuantizedPair q[2][2];
 #pragma unroll
-        for (int tile = 0; tile < 2; ++tile) {
-            const float(&four)[4] = y[2 * block + tile];
-            const __half2 low = __floats2half2_rn(four[0] * factor[0], four[1] * factor[0]);
-            const __half2 high = __floats2half2_rn(four[2] * factor[1], four[3] * factor[1]);
-            q[tile][0] = kIsKey && tile == 1 ? Q::template pair<true>(low) : Q::template pair<false>(low);
-            q[tile][1] = !kIsKey || tile == 1 ? Q::template pair<true>(high) : Q::template pair<false>(high);
+        for (int n = 0; n < 2; ++n) {
+            const uint32_t low = tile.y[block][2 * n], high = tile.y[block][2 * n + 1];
+            q[n][0] = kIsKey && n == 1 ? Q::template pair<true>(low, boundaries[0])
+                                       : Q::template pair<false>(low, boundaries[0]);
+            q[n][1] = !kIsKey || n == 1 ? Q::template pair<true>(high, boundaries[1])
+                                        : Q::template pair<false>(high, boundaries[1]);
         }
-        dots.add(q);
+        dots.add(tile.y[block], q);
         uint32_t low, high;
         if constexpr (kIsKey) {
             low = __byte_perm(q[0][0].code, q[0][1].code, 0x6420u);
@@ -373,47 +476,22 @@ __device__ __forceinline__ void quantize_class(uint32_t (&codes)[kBlocks], float
     }
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-        // EDEN: |y|^2 / <y, levels>; the dot product still carries `factor` and the codebook's unit.
-        const float numerator = square[row][cls] * factor[row] * Q::kUnit * side.output_scale[cls];
-        scale[row][cls] = __fdividef(numerator, fmaxf(dots.row(row, lane), kTiny));
+        // EDEN: |y|^2 / <y, levels>; the dot product still carries the codebook's unit, both `factor`.
+        const float numerator = tile.square[row][cls] * (Q::kUnit * side.output_scale[cls]);
+        scale[row][cls] = __fdividef(numerator, fmaxf(dots.row(row, lane), kTiny) * factor[row][cls]);
     }
 }
 
-// Y, a tile, to its slots. Row i of the tile is token first + i; `rows` says which there are, `slot` is lane i's.
+// A tile to its slots. Row i of the tile is token first + i; `rows` says which there are, `slot` is lane i's.
 template <class Side, bool kIsKey>
-__device__ __forceinline__ void store_tile(const StoreParams& p, const StoreSide& side,
-                                           const float (&y)[2 * kBlocks][4], float (&square)[2][Side::classes],
-                                           const Inbox& inbox, int first, uint32_t rows, bool whole_unit, int64_t slot,
-                                           int head, int lane) {
-    constexpr float kLargest = 3.40282347e38f;
+__device__ __forceinline__ void store_tile(const StoreParams& p, const StoreSide& side, const Transformed<Side>& tile,
+                                           const float (&factor)[2][Side::classes], uint32_t rows, bool whole_unit,
+                                           int64_t slot, int head, int lane) {
     const int g = lane / 4;
-    bool finite[2];
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-        float total = 0.f;
-#pragma unroll
-        for (int cls = 0; cls < Side::classes; ++cls) total += square[row][cls];
-        finite[row] = total <= kLargest;
-    }
-    if (!__all_sync(kFullWarp, finite[0] && finite[1])) {
-        // Scale 0: whatever its codes turn out to be, the vector is zero.
-        uint32_t bad = 0u;
-#pragma unroll
-        for (int row = 0; row < 2; ++row) {
-            if (!finite[row]) {
-                for (float& s : square[row]) s = 0.f;
-                bad |= 1u << (g + 8 * row);
-            }
-        }
-        bad = __reduce_or_sync(kFullWarp, bad) & rows;
-        if (lane == 0 && p.nonfinite != nullptr) atomicAdd(p.nonfinite, static_cast<unsigned long long>(__popc(bad)));
-        if (p.hot_slots != nullptr) write_hot_rows(side, p, inbox.rows(), first, bad, true, head, lane);
-    }
-
     uint32_t codes[kBlocks];
     float scale[2][Side::classes];
-    quantize_class<Side, kIsKey, 0>(codes, scale, y, square, side, lane);
-    if constexpr (Side::classes == 2) quantize_class<Side, kIsKey, 1>(codes, scale, y, square, side, lane);
+    quantize_class<Side, kIsKey, 0>(codes, scale, tile, factor, side, lane);
+    if constexpr (Side::classes == 2) quantize_class<Side, kIsKey, 1>(codes, scale, tile, factor, side, lane);
     const uint16_t scales[2] = {scale_bytes(scale[0]), scale_bytes(scale[1])};
     if (whole_unit) {
         write_whole_unit<Side, kIsKey>(unit_address(p, __shfl_sync(kFullWarp, slot, 0), head), codes, scales, lane);
@@ -483,12 +561,18 @@ __device__ __forceinline__ void store_side(const StoreParams& p) {
         do {  // at most twice; a loop, so that there is one copy of the code for both kinds of tile: it is long
             const uint32_t rows = whole ? 0xffffu : work.scattered;
             if (p.hot_slots != nullptr) write_hot_rows(side, p, inbox.rows(), base + start, rows, false, head, lane);
-            float y[2 * kBlocks][4], square[2][Side::classes];
-            transform<Side, kIsKey>(y, square, side, operand, inbox, head, lane);
+            operand.prepare(inbox);
+            Transformed<Side> tile;
+            float factor[2][Side::classes];
+            for (auto& row : factor)
+                for (float& x : row) x = 1.f;
+            transform<Side, kIsKey, false>(tile, factor, side, operand, inbox, head, lane);
+            if (!__all_sync(kFullWarp, suits_fp16(tile)))
+                mend<Side, kIsKey>(tile, factor, p, side, operand, inbox, rows, base + start, head, lane);
             again = whole && work.scattered != 0u;
             if (again || next < p.tokens) inbox.request(side, p, again ? base : next + expected, head);
             const int64_t row_slot = __shfl_sync(kFullWarp, work.slot, start + lane % kRows);
-            store_tile<Side, kIsKey>(p, side, y, square, inbox, base + start, rows, whole, row_slot, head, lane);
+            store_tile<Side, kIsKey>(p, side, tile, factor, rows, whole, row_slot, head, lane);
             if (again) inbox.await();
             whole = false;
             start = 0;

@@ -19,7 +19,8 @@ struct StoreSide {
     int64_t operand_head_stride;  // in bytes; 0 where all heads share one operand
     const uint32_t* order;  // rotation: the order of channels, [heads][head size / 16][32], see Inbox::reorder; or null
     bool is_matrix;
-    const float* minus_mean;  // [kv heads, head size], keys only: -T mean; null for no mean
+    const float* start;          // keys only: what sums start from, [heads][head size / 8][4 lanes] times an accumulator
+    int64_t start_head_stride;  // in bytes; 0 where all heads share one
     float output_scale[2];  // T x times this is the transformed vector; one a class of channels
     void* hot_pool;       // bf16 [slots, kv heads, 16, head size]; null for none
 };

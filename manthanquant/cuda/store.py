@@ -4,12 +4,13 @@
 allocates nothing, does not synchronise, and can be captured in a CUDA graph. Under `torch.compile` it is one operator.
 
 A matrix transform is rounded to the dtype of keys and values; sums are fp32. Codes equal the reference's except where a
-channel, at unit variance, lies within `tie(boundary)` of a decision boundary: it is rounded to fp16 before it is
-compared with the rounded boundary. There either code is as good. A vector with scale 0 may have any codes.
+channel, at unit variance, lies within `tie(boundary)` of a decision boundary: channels and boundaries are rounded to
+fp16 before they are compared. There either code is as good. A vector with scale 0 may have any codes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,7 @@ from manthanquant.transform import LayerTransform, SideTransform, hadamard, hada
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # Of the kernel's shared memory, see csrc/store.cu: elements between rows of a tile, and what its warps share.
 _PADDING, _COUNTER_BYTES = 8, 16
+_GROUP = 4  # blocks of 16 channels that the kernel mixes by sums and differences at most (kGroup)
 
 
 def tie(boundary: float) -> float:
@@ -42,14 +44,14 @@ class SideOperand:
             before blocks are mixed. A matrix's: `[KV heads or 1, D / 16 in, D / 16 out, 32, 8]`.
         is_matrix: which of the two.
         order: a rotation's order of channels, int32 `[KV heads, D / 16, 32]` (`Inbox::reorder`); None to leave it.
-        minus_mean: fp32 `[KV heads, D]`, minus the key mean, transformed, in the kernel's output unit; None for none.
+        start: keys only: what the kernel's sums start from, minus the mean; fp32 `[KV heads or 1, D / 8, 4 lanes, 4]`.
         output_scale: a class each: kernel's output unit to transformed vectors.
     """
 
     fragments: Tensor
     is_matrix: bool
     order: Tensor | None
-    minus_mean: Tensor | None
+    start: Tensor | None
     output_scale: tuple[float, float]
 
 
@@ -117,7 +119,7 @@ def store(
         transform.fmt.name,
         transform.key.fragments,
         transform.key.order,
-        transform.key.minus_mean,
+        transform.key.start,
         transform.value.fragments,
         transform.value.order,
         [transform.key.is_matrix, transform.value.is_matrix],
@@ -139,7 +141,7 @@ def _launch(
     fmt_name: str,
     key_fragments: Tensor,
     key_order: Tensor | None,
-    key_minus_mean: Tensor | None,
+    key_start: Tensor,
     value_fragments: Tensor,
     value_order: Tensor | None,
     is_matrix: list[bool],
@@ -171,7 +173,7 @@ def _launch(
         module = module_for(store_extension(fmt, head_size, DTYPES[dtype]), cache.device)
         module.store(
             stream_of(cache.device),
-            _side_arguments(key, key_fragments, key_order, is_matrix[0], key_minus_mean, output_scale[:2], hot_key),
+            _side_arguments(key, key_fragments, key_order, is_matrix[0], key_start, output_scale[:2], hot_key),
             _side_arguments(value, value_fragments, value_order, is_matrix[1], None, output_scale[2:], hot_value),
             slot_mapping.data_ptr(),
             address(hot_slots),
@@ -194,7 +196,7 @@ def _side_arguments(
     fragments: Tensor,
     order: Tensor | None,
     is_matrix: bool,
-    minus_mean: Tensor | None,
+    start: Tensor | None,
     scale: list[float],
     pool: Tensor | None,
 ) -> tuple[int | float | bool, ...]:
@@ -203,13 +205,19 @@ def _side_arguments(
         x.stride(0),
         x.stride(1),
         fragments.data_ptr(),
-        fragments.stride(0) * fragments.element_size() if fragments.shape[0] > 1 else 0,
+        _head_stride(fragments),
         address(order),
         is_matrix,
-        address(minus_mean),
+        address(start),
+        _head_stride(start) if start is not None else 0,
         *scale,
         address(pool),
     )
+
+
+def _head_stride(x: Tensor) -> int:
+    """In bytes; 0 where all heads share one."""
+    return x.stride(0) * x.element_size() if x.shape[0] > 1 else 0
 
 
 def _loadable(x: Tensor) -> Tensor:
@@ -228,12 +236,6 @@ def _side_operand(
     normed = side.kind in ("hadamard", "gain")
     scale = [hadamard_block(count) ** -0.5 if normed else 1.0 for count in segments]
     per_channel = torch.tensor([s for s, count in zip(scale, segments) for _ in range(count)], dtype=torch.float64)
-    minus_mean = None
-    if side.mean is not None:
-        turned = torch.einsum(
-            "hd,hed->he", side.mean.double().cpu(), side.forward.double().cpu().expand(side.mean.shape[0], -1, -1)
-        )
-        minus_mean = (-turned / per_channel).float().to(device).contiguous()
     order = None
     if normed:
         factors = torch.tensor(signs(head_size, name), dtype=torch.float64)[None]
@@ -244,7 +246,27 @@ def _side_operand(
         fragments = _fragments(blocks, name, dtype).view(factors.shape[0], head_size // BLOCK, LANES, -1)
     else:
         fragments = _fragments(side.forward.double().cpu() / per_channel[:, None], name, dtype)
-    return SideOperand(fragments.to(device), not normed, order, minus_mean, (scale[0], scale[-1]))
+    start = _start(side, segments, per_channel, normed, device) if name == "key" else None
+    return SideOperand(fragments.to(device), not normed, order, start, (scale[0], scale[-1]))
+
+
+def _start(
+    side: SideTransform, segments: Sequence[int], per_channel: Tensor, is_rotation: bool, device: torch.device
+) -> Tensor:
+    """`SideOperand.start`; a rotation's before sums and differences, which are their own inverse but for a factor."""
+    forward = side.forward.double().cpu()
+    mean = torch.zeros(1, forward.shape[-1]) if side.mean is None else side.mean
+    minus_mean = -torch.einsum("hd,hed->he", mean.double().cpu(), forward.expand(mean.shape[0], -1, -1)) / per_channel
+    if is_rotation:
+        parts = []
+        for part, count in zip(minus_mean.split(list(segments), -1), segments):
+            mixed = min(hadamard_block(count) // BLOCK, _GROUP)
+            blocks = part.unflatten(1, (-1, mixed, BLOCK))
+            parts.append(torch.einsum("ij,hbjc->hbic", hadamard(mixed) * mixed**-0.5, blocks).flatten(1))
+        minus_mean = torch.cat(parts, -1)
+    # Channel 4 c + 2 e + n of a block is element e of lane c in n tile n; rows g and g + 8 start alike.
+    start = minus_mean.unflatten(1, (-1, 4, 2, 2)).permute(0, 1, 4, 2, 3)
+    return torch.cat([start, start], -1).flatten(1, 2).float().to(device).contiguous()
 
 
 def _fragments(matrix: Tensor, side: Side, dtype: torch.dtype) -> Tensor:
