@@ -146,22 +146,6 @@ __device__ __forceinline__ uint32_t transpose_8x8(uint32_t row_pair) {
     return result;
 }
 
-// The reverse of load_matrices.
-__device__ __forceinline__ void store_matrices(uint32_t row, const uint32_t (&fragments)[4]) {
-#if MQ_STMATRIX
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row), "r"(fragments[0]),
-                 "r"(fragments[1]), "r"(fragments[2]), "r"(fragments[3])
-                 : "memory");
-#else
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int m = 0; m < 4; ++m) {
-        const uint32_t address = __shfl_sync(kFullWarp, row, 8 * m + lane / 4) + 4 * (lane % 4);
-        asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(fragments[m]) : "memory");
-    }
-#endif
-}
-
 // The reverse of load_matrices_transposed.
 __device__ __forceinline__ void store_matrices_transposed(uint32_t row, const uint32_t (&fragments)[4]) {
 #if MQ_STMATRIX
@@ -169,10 +153,12 @@ __device__ __forceinline__ void store_matrices_transposed(uint32_t row, const ui
                  "r"(fragments[1]), "r"(fragments[2]), "r"(fragments[3])
                  : "memory");
 #else
-    uint32_t transposed[4];
+    const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int m = 0; m < 4; ++m) transposed[m] = transpose_8x8(fragments[m]);
-    store_matrices(row, transposed);
+    for (int m = 0; m < 4; ++m) {
+        const uint32_t address = __shfl_sync(kFullWarp, row, 8 * m + lane / 4) + 4 * (lane % 4);
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(transpose_8x8(fragments[m])) : "memory");
+    }
 #endif
 }
 

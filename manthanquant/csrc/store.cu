@@ -46,6 +46,7 @@ using CacheUnit = Unit<MQ_FORMAT, MQ_HEAD_SIZE>;
 constexpr int kHeadSize = MQ_HEAD_SIZE;
 constexpr int kBlocks = kHeadSize / 16;  // blocks of 16 channels: k tiles of X, pairs of n tiles of Y
 constexpr int kRows = 16;                // of a tile
+constexpr int kElementBytes = 2;
 
 constexpr int kWarps = 4;                                     // of a CTA
 constexpr int kMatrixWarps = kHeadSize > 128 ? 4 : 8;         // share a matrix in shared memory, if they fit
@@ -53,32 +54,34 @@ constexpr int kWarpsPerProcessor = kHeadSize > 128 ? 8 : 16;  // what registers 
 constexpr int kLeastWindow = 8;                               // tokens a warp looks at, where tokens are few
 
 // Shared memory: the operand's fragments, each warp's next X, a counter.
-constexpr int kMatrixBytes = kHeadSize * kHeadSize * 2;
-constexpr int kRotationBytes = kHeadSize * 16 * 2;
-constexpr int kRowPitch = kHeadSize * 2 + 16;  // an odd number of 16 bytes: eight rows' reads meet no bank twice
+constexpr int kMatrixBytes = kHeadSize * kHeadSize * kElementBytes;
+constexpr int kRotationBytes = kHeadSize * 16 * kElementBytes;
+constexpr int kRowPitch = kHeadSize * kElementBytes + 16;  // an odd number of 16 bytes: eight rows' reads meet no bank twice
 constexpr int kWarpBytes = kRows * kRowPitch;
 constexpr int kCounterBytes = 16;
 
 // 16 rows of X on their way to a warp, in shared memory.
 class Inbox {
 public:
-    __device__ __forceinline__ Inbox(uint8_t* shared, int lane) : rows_(shared_address(shared)), lane_(lane) {}
+    __device__ __forceinline__ Inbox(uint8_t* shared, const StoreSide& side, int tokens, int head, int lane)
+        : rows_(shared_address(shared)), lane_(lane), last_(tokens - 1), stride_(side.token_stride * kElementBytes) {
+        // Four lanes a row: whole sectors of 32 bytes, and two addresses a lane for all of it.
+        input_ = static_cast<const uint8_t*>(side.input) + head * static_cast<int64_t>(side.head_stride) * kElementBytes +
+                 lane % 4 * 16;
+    }
 
     // Asks for the rows of tokens `first` to `first` + 15. Past the last token it is read again, which costs nothing;
     // such rows have no slot.
-    __device__ __forceinline__ void request(const StoreSide& side, const StoreParams& p, int first, int head) const {
+    __device__ __forceinline__ void request(int first) const {
         __syncwarp();  // every lane has read what was here
-        // Four lanes a row: whole sectors of 32 bytes, and two addresses a lane for all of it.
         const int g = lane_ / 4, c = lane_ % 4;
-        const auto* input = static_cast<const Element*>(side.input) + head * side.head_stride + 8 * c;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int64_t token = min(first + g + 8 * half, p.tokens - 1);
-            const auto* row = input + token * side.token_stride;
+            const uint8_t* row = input_ + static_cast<int64_t>(min(first + g + 8 * half, last_)) * stride_;
             const uint32_t target = rows_ + (g + 8 * half) * kRowPitch + 16 * c;
 #pragma unroll
-            for (int i = 0; i < kHeadSize; i += 32)
-                if (i + 32 <= kHeadSize || i + 8 * c < kHeadSize) cp_async_16(target + 2 * i, row + i);
+            for (int i = 0; i < 2 * kHeadSize; i += 64)
+                if (i + 64 <= 2 * kHeadSize || i + 16 * c < 2 * kHeadSize) cp_async_16(target + i, row + i);
         }
         cp_async_commit();
     }
@@ -89,16 +92,16 @@ public:
     }
 
     // A fragments, a block of 16 channels each.
-    __device__ __forceinline__ void load(uint32_t (&a)[4], int block) const {
-        load_matrices(a, fragment(block));
+    __device__ __forceinline__ void load(uint32_t (&x)[kBlocks][4]) const {
+#pragma unroll
+        for (int block = 0; block < kBlocks; ++block)
+            load_matrices(x[block], rows_ + lane_ % 16 * kRowPitch + lane_ / 16 * 16 + block * 32);
     }
 
-    // Puts the channels in another order. They become rows of shared memory, of eight tokens each; fragments are read
-    // from those by address (`order[block][lane]` says where the lane's row begins) and go back as they came.
-    __device__ __forceinline__ void reorder(const uint32_t* order) const {
-        uint32_t x[kBlocks][4];
-#pragma unroll
-        for (int block = 0; block < kBlocks; ++block) load(x[block], block);
+    // The same with channels in another order. They become rows of shared memory, of eight tokens each, and fragments
+    // are read from those by address: `order[block][lane]` says where the lane's row begins.
+    __device__ __forceinline__ void load_reordered(uint32_t (&x)[kBlocks][4], const uint32_t* order) const {
+        load(x);
         __syncwarp();
         const uint32_t row = rows_ + lane_ / 8 % 2 * (kHeadSize * 16) + (lane_ / 16 * 8 + lane_ % 8) * 16;
 #pragma unroll
@@ -107,22 +110,16 @@ public:
 #pragma unroll
         for (int block = 0; block < kBlocks; ++block)
             load_matrices_transposed(x[block], rows_ + __ldg(order + block * kLanes + lane_));
-        __syncwarp();
-#pragma unroll
-        for (int block = 0; block < kBlocks; ++block) store_matrices(fragment(block), x[block]);
-        __syncwarp();
     }
 
     __device__ __forceinline__ uint32_t rows() const { return rows_; }
 
 private:
-    // Where the lane's row of a block's fragment is.
-    __device__ __forceinline__ uint32_t fragment(int block) const {
-        return rows_ + lane_ % 16 * kRowPitch + lane_ / 16 * 16 + block * 32;
-    }
-
     uint32_t rows_;
     int lane_;
+    int last_;    // token
+    int stride_;  // bytes between tokens
+    const uint8_t* input_;
 };
 
 // Y is made, and rounded to fp16, so many blocks at a time. Fewer would need more matrix instructions to mix blocks.
@@ -164,13 +161,16 @@ struct RotationOperand {
         : fragments(request_fragments<kBlocks * kLanes>(side, head, lane)),
           order(side.order == nullptr ? nullptr : side.order + head * kBlocks * kLanes) {}
 
-    __device__ __forceinline__ void prepare(const Inbox& inbox) const {
-        if (order != nullptr) inbox.reorder(order);
+    __device__ __forceinline__ void load(uint32_t (&x)[kBlocks][4], const Inbox& inbox) const {
+        if (order != nullptr)
+            inbox.load_reordered(x, order);
+        else
+            inbox.load(x);
     }
 
     // Blocks `from` to `from` + `count` of Y, a group: on top of what is there, if `kOnTop`.
     template <bool kOnTop>
-    __device__ __forceinline__ void multiply(GroupOfY& y, int from, int count, const Inbox& inbox) const {
+    __device__ __forceinline__ void multiply(GroupOfY& y, int from, int count, const uint32_t (&x)[kBlocks][4]) const {
         using R = Rotation<Side>;
 #pragma unroll
         for (int i = 0; i < count; ++i) {
@@ -179,11 +179,9 @@ struct RotationOperand {
 #pragma unroll
             for (int in = 0; in < kBlocks; ++in) {
                 if (!R::mixes(in, out) || (in - out) % kGroup != 0) continue;
-                uint32_t a[4];
-                inbox.load(a, in);
                 uint4 b = fragments[in * kLanes];
                 if (R::negates(in, from)) b = make_uint4(b.x ^ kSignBits, b.y ^ kSignBits, b.z ^ kSignBits, b.w ^ kSignBits);
-                multiply_block(y[i], first, a, b);
+                multiply_block(y[i], first, x[in], b);
                 first = false;
             }
         }
@@ -211,17 +209,15 @@ struct MatrixOperand {
     __device__ MatrixOperand(const StoreSide& side, int head, int lane)
         : fragments(request_fragments<kBlocks * kBlocks * kLanes>(side, head, lane)) {}
 
-    __device__ __forceinline__ void prepare(const Inbox&) const {}
+    __device__ __forceinline__ void load(uint32_t (&x)[kBlocks][4], const Inbox& inbox) const { inbox.load(x); }
 
     template <bool kOnTop>
-    __device__ __forceinline__ void multiply(GroupOfY& y, int from, int count, const Inbox& inbox) const {
+    __device__ __forceinline__ void multiply(GroupOfY& y, int from, int count, const uint32_t (&x)[kBlocks][4]) const {
 #pragma unroll
         for (int in = 0; in < kBlocks; ++in) {
-            uint32_t a[4];
-            inbox.load(a, in);
 #pragma unroll
             for (int i = 0; i < count; ++i)
-                multiply_block(y[i], !kOnTop && in == 0, a, fragments[(in * kBlocks + from + i) * kLanes]);
+                multiply_block(y[i], !kOnTop && in == 0, x[in], fragments[(in * kBlocks + from + i) * kLanes]);
         }
     }
 };
@@ -230,25 +226,25 @@ struct MatrixOperand {
 struct Window {
     int unit_start;      // row of the window where a whole unit starts, or -1
     uint32_t scattered;  // rows of the window to store one by one, as a bit mask
-    int64_t slot;        // of row `lane`, 32 of them: a whole unit may end in another window
+    int slot;            // of row `lane`, 32 of them: a whole unit may end in another window
 };
 
-__device__ __forceinline__ int64_t slot_of(const StoreParams& p, int token) {
-    return token >= 0 && token < p.tokens ? __ldg(p.slot_mapping + token) : int64_t{-1};
+__device__ __forceinline__ int slot_of(const StoreParams& p, int token) {
+    return token >= 0 && token < p.tokens ? static_cast<int>(__ldg(p.slot_mapping + token)) : -1;
 }
 
 // Warp-wide. Tokens t to t + 15 are a whole unit if slot t is a multiple of 16 and the next 15 follow on. `slot` is of
 // row `lane` of 32.
-__device__ __noinline__ Window survey_ragged(const StoreParams& p, int first, int64_t slot, int lane) {
+__device__ __noinline__ Window survey_ragged(const StoreParams& p, int first, int slot, int lane) {
     // Bit i of `high`: the token after first + i continues its slot. Of `low`: the same for first - 16 + i.
-    const int64_t after = __shfl_down_sync(kFullWarp, slot, 1), start = __shfl_sync(kFullWarp, slot, 0);
+    const int after = __shfl_down_sync(kFullWarp, slot, 1), start = __shfl_sync(kFullWarp, slot, 0);
     const uint32_t high = __ballot_sync(kFullWarp, slot >= 0 && lane < kLanes - 1 && after == slot + 1);
     // Slots of the window before matter only if the rest of a unit is here. Single tokens hardly ever wait for them.
     const uint32_t rest = (1u << (kUnitTokens - 1 - start % kUnitTokens)) - 1;
     const bool may_continue = start > 0 && start % kUnitTokens != 0 && (high & rest) == rest;
-    int64_t before = __shfl_sync(kFullWarp, slot, lane % kRows);
-    if (lane < kRows) before = may_continue ? slot_of(p, first - kRows + lane) : int64_t{-1};
-    const int64_t after_before = __shfl_down_sync(kFullWarp, before, 1);
+    int before = __shfl_sync(kFullWarp, slot, lane % kRows);
+    if (lane < kRows) before = may_continue ? slot_of(p, first - kRows + lane) : -1;
+    const int after_before = __shfl_down_sync(kFullWarp, before, 1);
     const uint32_t low = __ballot_sync(kFullWarp, lane < kRows && before >= 0 && after_before == before + 1);
     const uint64_t follows = low | static_cast<uint64_t>(high) << kRows;
     constexpr uint32_t kRun = (1u << (kUnitTokens - 1)) - 1;
@@ -261,8 +257,8 @@ __device__ __noinline__ Window survey_ragged(const StoreParams& p, int first, in
 }
 
 // The same, by a short cut for a window that is one whole unit, as inside a long chunk.
-__device__ __forceinline__ Window survey(const StoreParams& p, int first, int64_t slot, int lane) {
-    const int64_t start = __shfl_sync(kFullWarp, slot, 0);
+__device__ __forceinline__ Window survey(const StoreParams& p, int first, int slot, int lane) {
+    const int start = __shfl_sync(kFullWarp, slot, 0);
     const bool in_place = lane >= kRows || slot == start + lane;
     if (start >= 0 && start % kUnitTokens == 0 && __all_sync(kFullWarp, in_place)) return {0, 0u, slot};
     return survey_ragged(p, first, slot, lane);
@@ -294,11 +290,11 @@ __device__ __noinline__ void write_hot_rows(const StoreSide& side, const StorePa
     }
 }
 
-__device__ __forceinline__ uint8_t* unit_address(const StoreParams& p, int64_t slot, int head) {
-    const uint32_t unit = static_cast<uint32_t>(slot / kUnitTokens);
+// `cache`: where the head's part of page 0 is.
+__device__ __forceinline__ uint8_t* unit_address(const StoreParams& p, uint8_t* cache, int slot) {
+    const uint32_t unit = static_cast<uint32_t>(slot) / kUnitTokens;
     const uint32_t page = p.page_shift >= 0 ? unit >> p.page_shift : unit / p.page_units;
-    return p.cache + page * p.page_stride + head * p.head_stride +
-           static_cast<int64_t>(unit - page * p.page_units) * CacheUnit::bytes;
+    return cache + page * p.page_stride + (unit - page * p.page_units) * CacheUnit::bytes;
 }
 
 template <class Side, bool kIsKey>
@@ -343,6 +339,8 @@ template <class Side, bool kIsKey, bool kRescaled, class Operand>
 __device__ __forceinline__ void transform(Transformed<Side>& out, const float (&factor)[2][Side::classes],
                                           const StoreSide& side, const Operand& operand, const Inbox& inbox, int head,
                                           int lane) {
+    uint32_t x[kBlocks][4];
+    operand.load(x, inbox);
 #pragma unroll
     for (int cls = 0; cls < Side::classes; ++cls) {
         const int end = (Side::first_channel(cls) + Side::channels(cls)) / 16;
@@ -364,7 +362,7 @@ __device__ __forceinline__ void transform(Transformed<Side>& out, const float (&
                     group[i / 2][i % 2][3] = four.w;
                 }
             }
-            operand.template multiply<kIsKey>(group, from, count, inbox);
+            operand.template multiply<kIsKey>(group, from, count, x);
 #pragma unroll
             for (int i = 0; i < 4 * count; ++i) {
                 const int block = i / 4, tile = i / 2 % 2, row = i % 2;
@@ -411,9 +409,8 @@ __device__ __forceinline__ void mend(Transformed<Side>& tile, float (&factor)[2]
         if (zero[row]) bad |= 1u << (lane / 4 + 8 * row);
     }
     if (__any_sync(kFullWarp, again)) {
-        inbox.request(side, p, first, head);
+        inbox.request(first);
         inbox.await();
-        operand.prepare(inbox);
         transform<Side, kIsKey, true>(tile, factor, side, operand, inbox, head, lane);
     }
 #pragma unroll
@@ -486,7 +483,7 @@ __device__ __forceinline__ void quantize_class(uint32_t (&codes)[kBlocks], float
 template <class Side, bool kIsKey>
 __device__ __forceinline__ void store_tile(const StoreParams& p, const StoreSide& side, const Transformed<Side>& tile,
                                            const float (&factor)[2][Side::classes], uint32_t rows, bool whole_unit,
-                                           int64_t slot, int head, int lane) {
+                                           int slot, uint8_t* cache, int lane) {
     const int g = lane / 4;
     uint32_t codes[kBlocks];
     float scale[2][Side::classes];
@@ -494,15 +491,15 @@ __device__ __forceinline__ void store_tile(const StoreParams& p, const StoreSide
     if constexpr (Side::classes == 2) quantize_class<Side, kIsKey, 1>(codes, scale, tile, factor, side, lane);
     const uint16_t scales[2] = {scale_bytes(scale[0]), scale_bytes(scale[1])};
     if (whole_unit) {
-        write_whole_unit<Side, kIsKey>(unit_address(p, __shfl_sync(kFullWarp, slot, 0), head), codes, scales, lane);
+        write_whole_unit<Side, kIsKey>(unit_address(p, cache, __shfl_sync(kFullWarp, slot, 0)), codes, scales, lane);
         return;
     }
 #pragma unroll 1
     for (int row = 0; row < 2; ++row) {
         if ((rows >> 8 * row & 0xffu) == 0u) continue;
-        const int64_t place = __shfl_sync(kFullWarp, slot, g + 8 * row);
+        const int place = __shfl_sync(kFullWarp, slot, g + 8 * row);
         if ((rows >> (g + 8 * row) & 1u) == 0u) continue;
-        write_token<Side, kIsKey>(unit_address(p, place, head), codes, row, static_cast<int>(place % kUnitTokens),
+        write_token<Side, kIsKey>(unit_address(p, cache, place), codes, row, place % kUnitTokens,
                                   row == 0 ? scales[0] : scales[1], lane);
     }
 }
@@ -515,7 +512,7 @@ __device__ __forceinline__ void store_side(const StoreParams& p) {
     extern __shared__ uint8_t shared_bytes[];
     const bool any_matrix = p.sides[0].is_matrix || p.sides[1].is_matrix;
     uint8_t* inboxes = shared_bytes + (any_matrix ? kMatrixBytes : kRotationBytes);
-    Inbox inbox(inboxes + warp * kWarpBytes, lane);
+    const Inbox inbox(inboxes + warp * kWarpBytes, side, p.tokens, head, lane);
 
     // In turns: every gridDim.x-th window is the CTA's, and its warps take one after the other as they get done. The
     // scheduler favours some of them, and would leave the others' share to the end.
@@ -525,12 +522,13 @@ __device__ __forceinline__ void store_side(const StoreParams& p) {
     if (kInTurns && threadIdx.x == 0) *taken = warps;
     // A window's rows are asked for before its slots are known: from where the previous one's unit started.
     int expected = 0;
-    int64_t slot = -1;
+    int slot = -1;
+    uint8_t* const cache = p.cache + head * p.head_stride;
     const Operand operand(side, head, lane);
     await_previous_kernel();  // so far only constants were read
     allow_next_kernel();
     if (window < windows) {
-        inbox.request(side, p, window * p.window, head);
+        inbox.request(window * p.window);
         slot = slot_of(p, window * p.window + lane);
     } else {
         cp_async_commit();  // so that every warp's operand is its last group but one
@@ -553,7 +551,7 @@ __device__ __forceinline__ void store_side(const StoreParams& p) {
         int start = whole ? work.unit_start : 0;
         inbox.await();
         if (start != expected) {
-            inbox.request(side, p, base + start, head);
+            inbox.request(base + start);
             inbox.await();
             expected = start;
         }
@@ -561,7 +559,6 @@ __device__ __forceinline__ void store_side(const StoreParams& p) {
         do {  // at most twice; a loop, so that there is one copy of the code for both kinds of tile: it is long
             const uint32_t rows = whole ? 0xffffu : work.scattered;
             if (p.hot_slots != nullptr) write_hot_rows(side, p, inbox.rows(), base + start, rows, false, head, lane);
-            operand.prepare(inbox);
             Transformed<Side> tile;
             float factor[2][Side::classes];
             for (auto& row : factor)
@@ -570,9 +567,9 @@ __device__ __forceinline__ void store_side(const StoreParams& p) {
             if (!__all_sync(kFullWarp, suits_fp16(tile)))
                 mend<Side, kIsKey>(tile, factor, p, side, operand, inbox, rows, base + start, head, lane);
             again = whole && work.scattered != 0u;
-            if (again || next < p.tokens) inbox.request(side, p, again ? base : next + expected, head);
-            const int64_t row_slot = __shfl_sync(kFullWarp, work.slot, start + lane % kRows);
-            store_tile<Side, kIsKey>(p, side, tile, factor, rows, whole, row_slot, head, lane);
+            if (again || next < p.tokens) inbox.request(again ? base : next + expected);
+            const int row_slot = __shfl_sync(kFullWarp, work.slot, start + lane % kRows);
+            store_tile<Side, kIsKey>(p, side, tile, factor, rows, whole, row_slot, cache, lane);
             if (again) inbox.await();
             whole = false;
             start = 0;
