@@ -7,10 +7,6 @@
 #include <cstdint>
 #include <type_traits>
 
-#ifndef MQ_STMATRIX  // 0 forces what serves architectures before sm_90
-#define MQ_STMATRIX (__CUDA_ARCH__ >= 900)
-#endif
-
 namespace mq {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
@@ -144,22 +140,6 @@ __device__ __forceinline__ uint32_t transpose_8x8(uint32_t row_pair) {
     uint32_t result;
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(row_pair));
     return result;
-}
-
-// The reverse of load_matrices_transposed.
-__device__ __forceinline__ void store_matrices_transposed(uint32_t row, const uint32_t (&fragments)[4]) {
-#if MQ_STMATRIX
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row), "r"(fragments[0]),
-                 "r"(fragments[1]), "r"(fragments[2]), "r"(fragments[3])
-                 : "memory");
-#else
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int m = 0; m < 4; ++m) {
-        const uint32_t address = __shfl_sync(kFullWarp, row, 8 * m + lane / 4) + 4 * (lane % 4);
-        asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(transpose_8x8(fragments[m])) : "memory");
-    }
-#endif
 }
 
 // -- barriers ------------------------------------------------------------------------------------------------------

@@ -32,10 +32,10 @@
 #include "codebook.h"
 #include "layout.h"
 #include "ptx.cuh"
-#include "rotation.cuh"
 #include "store.h"
 #include "store_pack.cuh"
 #include "store_quantize.cuh"
+#include "store_wgmma.cuh"
 
 namespace mq {
 namespace {
@@ -48,17 +48,16 @@ constexpr int kBlocks = kHeadSize / 16;  // blocks of 16 channels: k tiles of X,
 constexpr int kRows = 16;                // of a tile
 constexpr int kElementBytes = 2;
 
-constexpr int kWarps = 4;                                     // of a CTA
-constexpr int kMatrixWarps = kHeadSize > 128 ? 4 : 8;         // share a matrix in shared memory, if they fit
+constexpr int kWarps = 8;                                     // of a CTA, at most
 constexpr int kWarpsPerProcessor = kHeadSize > 128 ? 8 : 16;  // what registers allow
 constexpr int kLeastWindow = 8;                               // tokens a warp looks at, where tokens are few
+constexpr int kManyTiles = 8;                                 // a processor: then warpgroups are worth their while
 
-// Shared memory: the operand's fragments, each warp's next X, a counter.
-constexpr int kMatrixBytes = kHeadSize * kHeadSize * kElementBytes;
-constexpr int kRotationBytes = kHeadSize * 16 * kElementBytes;
+// Shared memory: T, each warp's next X.
+constexpr int kCoreBytes = 8 * 8 * kElementBytes;                          // of a core matrix, see Matrix
+constexpr int kMatrixBytes = (kHeadSize + 16) * kHeadSize * kElementBytes;  // with a block for the mean
 constexpr int kRowPitch = kHeadSize * kElementBytes + 16;  // an odd number of 16 bytes: eight rows' reads meet no bank twice
 constexpr int kWarpBytes = kRows * kRowPitch;
-constexpr int kCounterBytes = 16;
 
 // 16 rows of X on their way to a warp, in shared memory.
 class Inbox {
@@ -98,20 +97,6 @@ public:
             load_matrices(x[block], rows_ + lane_ % 16 * kRowPitch + lane_ / 16 * 16 + block * 32);
     }
 
-    // The same with channels in another order. They become rows of shared memory, of eight tokens each, and fragments
-    // are read from those by address: `order[block][lane]` says where the lane's row begins.
-    __device__ __forceinline__ void load_reordered(uint32_t (&x)[kBlocks][4], const uint32_t* order) const {
-        load(x);
-        __syncwarp();
-        const uint32_t row = rows_ + lane_ / 8 % 2 * (kHeadSize * 16) + (lane_ / 16 * 8 + lane_ % 8) * 16;
-#pragma unroll
-        for (int block = 0; block < kBlocks; ++block) store_matrices_transposed(row + block * 256, x[block]);
-        __syncwarp();
-#pragma unroll
-        for (int block = 0; block < kBlocks; ++block)
-            load_matrices_transposed(x[block], rows_ + __ldg(order + block * kLanes + lane_));
-    }
-
     __device__ __forceinline__ uint32_t rows() const { return rows_; }
 
 private:
@@ -122,104 +107,82 @@ private:
     const uint8_t* input_;
 };
 
-// Y is made, and rounded to fp16, so many blocks at a time. Fewer would need more matrix instructions to mix blocks.
+// Y is made, and rounded to fp16, so many blocks of channels at a time.
 constexpr int kGroup = 4;
-using GroupOfY = float[kGroup][2][4];  // [block][n tile], C fragments
+using GroupOfY = float[2 * kGroup][4];  // C fragments, two n tiles a block
 
-// A block of X times its B fragments, {b0, b1} of the block's two n tiles: into a block of Y, or on top of it.
-__device__ __forceinline__ void multiply_block(float (&y)[2][4], bool first, const uint32_t (&a)[4], uint4 b) {
-    if (first) {
-        mma_16bit_first<Element>(y[0], a, b.x, b.y);
-        mma_16bit_first<Element>(y[1], a, b.z, b.w);
-    } else {
-        mma_16bit<Element>(y[0], a, b.x, b.y);
-        mma_16bit<Element>(y[1], a, b.z, b.w);
-    }
-}
-
-// All threads of the CTA: asks for `kCount` B fragments in global memory. Returns where they will be for this lane.
-template <int kCount>
-__device__ __forceinline__ const uint4* request_fragments(const StoreSide& side, int head, int lane) {
-    extern __shared__ uint4 shared[];
-    const auto* source = reinterpret_cast<const uint4*>(static_cast<const uint8_t*>(side.operand) +
-                                                        head * side.operand_head_stride);
-    for (int i = threadIdx.x; i < kCount; i += blockDim.x) cp_async_16(shared_address(shared + i), source + i);
-    cp_async_commit();
-    return shared + lane;
-}
-
-// T = H diag(gains) P: P reorders channels, gains carry signs, H is block diagonal with Sylvester-Hadamard blocks,
-// H[m][k] = (-1)^popcount(m & k) within a block. Bits 0 to 3 of m and k are a product by matrix instructions, with one
-// 16 x 16 matrix a block of channels, its gains in it. So are bits that tell one group of blocks from another. Those
-// between are sums and differences of a group's blocks.
-template <class Side>
-struct RotationOperand {
-    const uint4* fragments;  // [block][lane] -> {b0, b1} of the block's two n tiles
-    const uint32_t* order;   // see Inbox::reorder; null to leave channels as they are
-
-    __device__ RotationOperand(const StoreSide& side, int head, int lane)
-        : fragments(request_fragments<kBlocks * kLanes>(side, head, lane)),
-          order(side.order == nullptr ? nullptr : side.order + head * kBlocks * kLanes) {}
-
-    __device__ __forceinline__ void load(uint32_t (&x)[kBlocks][4], const Inbox& inbox) const {
-        if (order != nullptr)
-            inbox.load_reordered(x, order);
-        else
-            inbox.load(x);
+// T in shared memory, as core matrices of 8 outputs x 8 inputs: [input / 8][output / 8][8 outputs][8 inputs].
+// `kHasMean`: a block of inputs behind the head is always 1, 1, 1, 0, ...: times minus T mean, in three parts.
+template <bool kHasMean>
+class Matrix {
+public:
+    // All threads of the CTA: asks for it.
+    __device__ __forceinline__ Matrix(uint8_t* shared, const StoreSide& side, int head, int lane)
+        : core_(shared_address(shared)), lane_(lane) {
+        const uint8_t* source = static_cast<const uint8_t*>(side.matrix) + head * side.matrix_head_stride;
+        constexpr int kBytes = kHasMean ? kMatrixBytes : kMatrixBytes - kBlockBytes;
+        for (int i = 16 * threadIdx.x; i < kBytes; i += 16 * blockDim.x) cp_async_16(core_ + i, source + i);
+        cp_async_commit();
     }
 
-    // Blocks `from` to `from` + `count` of Y, a group: on top of what is there, if `kOnTop`.
-    template <bool kOnTop>
+    // Blocks `from` to `from` + `count` of Y = X T^T - T mean.
     __device__ __forceinline__ void multiply(GroupOfY& y, int from, int count, const uint32_t (&x)[kBlocks][4]) const {
-        using R = Rotation<Side>;
-#pragma unroll
-        for (int i = 0; i < count; ++i) {
-            const int out = from + i;
-            bool first = !kOnTop;
-#pragma unroll
-            for (int in = 0; in < kBlocks; ++in) {
-                if (!R::mixes(in, out) || (in - out) % kGroup != 0) continue;
-                uint4 b = fragments[in * kLanes];
-                if (R::negates(in, from)) b = make_uint4(b.x ^ kSignBits, b.y ^ kSignBits, b.z ^ kSignBits, b.w ^ kSignBits);
-                multiply_block(y[i], first, x[in], b);
-                first = false;
-            }
-        }
-#pragma unroll
-        for (int step = 1; step < kGroup; step *= 2) {
-#pragma unroll
-            for (int i = 0; i < count; ++i) {
-                if (!R::pairs(from + i, step)) continue;
-#pragma unroll
-                for (int e = 0; e < 8; ++e) {
-                    float &low = y[i][e / 4][e % 4], &high = y[i + step][e / 4][e % 4];
-                    const float sum = low + high;
-                    high = low - high;
-                    low = sum;
-                }
-            }
-        }
-    }
-};
-
-// T as a matrix.
-struct MatrixOperand {
-    const uint4* fragments;  // [k block][n block][lane]
-
-    __device__ MatrixOperand(const StoreSide& side, int head, int lane)
-        : fragments(request_fragments<kBlocks * kBlocks * kLanes>(side, head, lane)) {}
-
-    __device__ __forceinline__ void load(uint32_t (&x)[kBlocks][4], const Inbox& inbox) const { inbox.load(x); }
-
-    template <bool kOnTop>
-    __device__ __forceinline__ void multiply(GroupOfY& y, int from, int count, const uint32_t (&x)[kBlocks][4]) const {
+        const int m = lane_ / 8;  // of the four core matrices of a block: input half m % 2, output half m / 2
+        const uint32_t row = core_ + (m % 2 * kCores + 2 * from + m / 2) * kCoreBytes + lane_ % 8 * 16;
 #pragma unroll
         for (int in = 0; in < kBlocks; ++in) {
 #pragma unroll
-            for (int i = 0; i < count; ++i)
-                multiply_block(y[i], !kOnTop && in == 0, x[in], fragments[(in * kBlocks + from + i) * kLanes]);
+            for (int i = 0; i < count; ++i) {
+                uint32_t b[4];
+                load_matrices(b, row + in * kBlockBytes + 2 * i * kCoreBytes);
+#pragma unroll
+                for (int n = 0; n < 2; ++n) {
+                    if (in == 0)
+                        mma_16bit_first<Element>(y[2 * i + n], x[in], b[2 * n], b[2 * n + 1]);
+                    else
+                        mma_16bit<Element>(y[2 * i + n], x[in], b[2 * n], b[2 * n + 1]);
+                }
+            }
+        }
+        if (!kHasMean) return;
+        uint32_t ones[4];
+        mean_inputs(ones);
+#pragma unroll
+        for (int i = 0; i < count; ++i) {
+            uint32_t b[4];
+            load_matrices(b, row + kBlocks * kBlockBytes + 2 * i * kCoreBytes);
+#pragma unroll
+            for (int n = 0; n < 2; ++n) mma_16bit<Element>(y[2 * i + n], ones, b[2 * n], b[2 * n + 1]);
         }
     }
+
+    // The same by the four warps of a warpgroup together, each with its own tile: a whole group of blocks.
+    __device__ __forceinline__ void multiply_together(GroupOfY& y, int from, const uint32_t (&x)[kBlocks][4]) const {
+        const uint64_t first = wgmma_operand(core_ + 2 * from * kCoreBytes, kCores * kCoreBytes, kCoreBytes);
+        const auto operand = [&](int in) { return wgmma_operand_at(first, in * kBlockBytes); };
+        uint32_t ones[4];
+        mean_inputs(ones);
+        wgmma_begin();
+#pragma unroll
+        for (int in = 0; in < kBlocks; ++in) wgmma_64<Element>(y, in > 0, x[in], operand(in));
+        if (kHasMean) wgmma_64<Element>(y, true, ones, operand(kBlocks));
+        wgmma_end(y);
+    }
+
+private:
+    static constexpr int kCores = kHeadSize / 8;  // along outputs
+    static constexpr int kBlockBytes = 2 * kCores * kCoreBytes;
+
+    // An A fragment whose first three inputs are 1, the others 0.
+    __device__ __forceinline__ void mean_inputs(uint32_t (&a)[4]) const {
+        constexpr uint32_t kOne = std::is_same_v<Element, __half> ? 0x3c00u : 0x3f80u;
+        const int c = lane_ % 4;
+        a[0] = a[1] = c == 0 ? kOne | kOne << 16 : c == 1 ? kOne : 0u;
+        a[2] = a[3] = 0u;
+    }
+
+    uint32_t core_;
+    int lane_;
 };
 
 // What a window has to do: at most one whole unit that starts in it, and the tokens of no whole unit.
@@ -327,20 +290,24 @@ __device__ __forceinline__ void write_token(uint8_t* unit, const uint32_t (&code
         *reinterpret_cast<uint16_t*>(unit + CacheUnit::scale_offset + scale_place(kIsKey ? 0 : 1, token)) = scales;
 }
 
-// Y = X T^T - T mean of a tile.
+// Y of a tile.
 template <class Side>
 struct Transformed {
     uint32_t y[kBlocks][4];          // fp16 pairs: A fragments
     float square[2][Side::classes];  // squared norms of the lane's rows g and g + 8, a class each
 };
 
-// `kRescaled`: y comes times `factor`.
-template <class Side, bool kIsKey, bool kRescaled, class Operand>
-__device__ __forceinline__ void transform(Transformed<Side>& out, const float (&factor)[2][Side::classes],
-                                          const StoreSide& side, const Operand& operand, const Inbox& inbox, int head,
-                                          int lane) {
+// Whether warpgroups can do a side: only whole groups of blocks.
+template <class Side>
+constexpr bool kWholeGroups = Side::channels(0) % (16 * kGroup) == 0 &&
+                              (Side::classes == 1 || Side::channels(1) % (16 * kGroup) == 0);
+
+// `kTogether`: the warps of a warpgroup call it together. `kRescaled`: y comes times `factor`.
+template <class Side, bool kTogether, bool kRescaled, class Matrix>
+__device__ __forceinline__ void transform(Transformed<Side>& tile, const float (&factor)[2][Side::classes],
+                                          const Matrix& matrix, const Inbox& inbox) {
     uint32_t x[kBlocks][4];
-    operand.load(x, inbox);
+    inbox.load(x);
 #pragma unroll
     for (int cls = 0; cls < Side::classes; ++cls) {
         const int end = (Side::first_channel(cls) + Side::channels(cls)) / 16;
@@ -349,34 +316,25 @@ __device__ __forceinline__ void transform(Transformed<Side>& out, const float (&
         for (int from = Side::first_channel(cls) / 16; from < end; from += kGroup) {
             const int count = end - from < kGroup ? end - from : kGroup;
             GroupOfY group;
-            if (kIsKey) {
-                const auto* start = reinterpret_cast<const float4*>(
-                    reinterpret_cast<const uint8_t*>(side.start) + head * side.start_head_stride) + from * 8 + lane % 4;
+            if constexpr (kTogether)
+                matrix.multiply_together(group, from, x);
+            else
+                matrix.multiply(group, from, count, x);
 #pragma unroll
-                for (int i = 0; i < 2 * count; ++i) {
-                    // No __ldg: mend would keep what is loaded here in registers, and it hardly ever runs.
-                    const float4 four = start[4 * i];
-                    group[i / 2][i % 2][0] = four.x;
-                    group[i / 2][i % 2][1] = four.y;
-                    group[i / 2][i % 2][2] = four.z;
-                    group[i / 2][i % 2][3] = four.w;
-                }
-            }
-            operand.template multiply<kIsKey>(group, from, count, x);
-#pragma unroll
-            for (int i = 0; i < 4 * count; ++i) {
-                const int block = i / 4, tile = i / 2 % 2, row = i % 2;
-                float low = group[block][tile][2 * row], high = group[block][tile][2 * row + 1];
+            for (int i = 0; i < 4 * kGroup; ++i) {
+                if (i >= 4 * count) break;
+                const int block = i / 4, n = i / 2 % 2, row = i % 2;
+                float low = group[2 * block + n][2 * row], high = group[2 * block + n][2 * row + 1];
                 if (kRescaled) {
                     low *= factor[row][cls];
                     high *= factor[row][cls];
                 }
                 square[row] += low * low;
                 square[row] += high * high;
-                out.y[from + block][2 * tile + row] = bits_of(__floats2half2_rn(low, high));
+                tile.y[from + block][2 * n + row] = bits_of(__floats2half2_rn(low, high));
             }
         }
-        for (int row = 0; row < 2; ++row) out.square[row][cls] = sum_of_four_lanes(square[row]);
+        for (int row = 0; row < 2; ++row) tile.square[row][cls] = sum_of_four_lanes(square[row]);
     }
 }
 
@@ -386,9 +344,9 @@ __device__ constexpr float least_square(int n) { return n * 0x1p-20f; }
 
 // Looks after rows that fp16 does not suit, which is rare: vectors that are not finite become zero, and are counted;
 // very large and very small ones are transformed again, times `factor`, a power of two, which becomes other than 1.
-template <class Side, bool kIsKey, class Operand>
+template <class Side, class Matrix>
 __device__ __forceinline__ void mend(Transformed<Side>& tile, float (&factor)[2][Side::classes], const StoreParams& p,
-                                     const StoreSide& side, const Operand& operand, const Inbox& inbox, uint32_t rows,
+                                     const StoreSide& side, const Matrix& matrix, const Inbox& inbox, uint32_t rows,
                                      int first, int head, int lane) {
     constexpr float kLargest = 3.40282347e38f;
     bool again = false, zero[2] = {};
@@ -411,7 +369,7 @@ __device__ __forceinline__ void mend(Transformed<Side>& tile, float (&factor)[2]
     if (__any_sync(kFullWarp, again)) {
         inbox.request(first);
         inbox.await();
-        transform<Side, kIsKey, true>(tile, factor, side, operand, inbox, head, lane);
+        transform<Side, false, true>(tile, factor, matrix, inbox);
     }
 #pragma unroll
     for (int row = 0; row < 2; ++row)
@@ -504,50 +462,39 @@ __device__ __forceinline__ void store_tile(const StoreParams& p, const StoreSide
     }
 }
 
-template <class Side, bool kIsKey, class Operand, bool kInTurns>
+template <class Side, bool kIsKey, bool kTogether>
 __device__ __forceinline__ void store_side(const StoreParams& p) {
     const StoreSide& side = p.sides[kIsKey ? 0 : 1];
     const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes;
     const int head = blockIdx.y;
-    extern __shared__ uint8_t shared_bytes[];
-    const bool any_matrix = p.sides[0].is_matrix || p.sides[1].is_matrix;
-    uint8_t* inboxes = shared_bytes + (any_matrix ? kMatrixBytes : kRotationBytes);
-    const Inbox inbox(inboxes + warp * kWarpBytes, side, p.tokens, head, lane);
-
-    // In turns: every gridDim.x-th window is the CTA's, and its warps take one after the other as they get done. The
-    // scheduler favours some of them, and would leave the others' share to the end.
-    const int windows = (p.tokens + p.window - 1) / p.window;
-    int window = kInTurns ? warp * gridDim.x + blockIdx.x : blockIdx.x * warps + warp;
-    int* taken = reinterpret_cast<int*>(inboxes + warps * kWarpBytes);
-    if (kInTurns && threadIdx.x == 0) *taken = warps;
-    // A window's rows are asked for before its slots are known: from where the previous one's unit started.
-    int expected = 0;
-    int slot = -1;
+    extern __shared__ __align__(128) uint8_t shared[];
+    const Inbox inbox(shared + kMatrixBytes + warp * kWarpBytes, side, p.tokens, head, lane);
     uint8_t* const cache = p.cache + head * p.head_stride;
-    const Operand operand(side, head, lane);
+
+    constexpr int kTeam = kTogether ? kWarpgroup : 1;  // its warps have windows side by side, and go on together
+    const int windows = (p.tokens + p.window - 1) / p.window, step = gridDim.x * warps;
+    int window = blockIdx.x * warps + warp;
+    const auto team_has = [&](int window) { return window - warp % kTeam < windows; };
+    const Matrix<kIsKey> matrix(shared, side, head, lane);
     await_previous_kernel();  // so far only constants were read
     allow_next_kernel();
-    if (window < windows) {
+    // A window's rows are asked for before its slots are known: from where the previous one's unit started.
+    int expected = 0, slot = -1;
+    if (team_has(window)) {
         inbox.request(window * p.window);
         slot = slot_of(p, window * p.window + lane);
     } else {
-        cp_async_commit();  // so that every warp's operand is its last group but one
+        cp_async_commit();  // so that every warp's part of T is its last group but one
     }
     cp_async_wait<1>();
-    __syncthreads();  // the operand's fragments, and `*taken`
-    while (window < windows) {
-        const int base = window * p.window;
-        if constexpr (kInTurns) {
-            int turn = 0;
-            if (lane == 0) turn = atomicAdd(taken, 1);
-            window = __shfl_sync(kFullWarp, turn, 0) * gridDim.x + blockIdx.x;
-        } else {
-            window += gridDim.x * warps;
-        }
-        const int next = window * p.window;
+    if (kTogether) wgmma_publish();
+    __syncthreads();  // T
+    for (; team_has(window); window += step) {
+        const int base = window * p.window, next = (window + step) * p.window;
         const Window work = survey(p, base, slot, lane);
-        if (next < p.tokens) slot = slot_of(p, next + lane);
+        slot = slot_of(p, next + lane);
         bool whole = work.unit_start >= 0;
+        uint32_t scattered = work.scattered;
         int start = whole ? work.unit_start : 0;
         inbox.await();
         if (start != expected) {
@@ -557,17 +504,19 @@ __device__ __forceinline__ void store_side(const StoreParams& p) {
         }
         bool again;
         do {  // at most twice; a loop, so that there is one copy of the code for both kinds of tile: it is long
-            const uint32_t rows = whole ? 0xffffu : work.scattered;
+            const uint32_t rows = whole ? 0xffffu : scattered;
+            if (!whole) scattered = 0u;
             if (p.hot_slots != nullptr) write_hot_rows(side, p, inbox.rows(), base + start, rows, false, head, lane);
             Transformed<Side> tile;
             float factor[2][Side::classes];
             for (auto& row : factor)
                 for (float& x : row) x = 1.f;
-            transform<Side, kIsKey, false>(tile, factor, side, operand, inbox, head, lane);
+            transform<Side, kTogether, false>(tile, factor, matrix, inbox);
             if (!__all_sync(kFullWarp, suits_fp16(tile)))
-                mend<Side, kIsKey>(tile, factor, p, side, operand, inbox, rows, base + start, head, lane);
-            again = whole && work.scattered != 0u;
-            if (again || next < p.tokens) inbox.request(again ? base : next + expected);
+                mend(tile, factor, p, side, matrix, inbox, rows, base + start, head, lane);
+            again = scattered != 0u;
+            if constexpr (kTogether) again = warp < kTeam ? warpgroup_any<1>(again) : warpgroup_any<2>(again);
+            if (again || team_has(window + step)) inbox.request(again ? base : next + expected);
             const int row_slot = __shfl_sync(kFullWarp, work.slot, start + lane % kRows);
             store_tile<Side, kIsKey>(p, side, tile, factor, rows, whole, row_slot, cache, lane);
             if (again) inbox.await();
@@ -578,54 +527,39 @@ __device__ __forceinline__ void store_side(const StoreParams& p) {
 }
 
 // Grid: x shares out windows, y is the KV head, z the side.
-template <int kMostWarps, bool kMayBeMatrix>
-__global__ void __launch_bounds__(kMostWarps* kLanes, kWarpsPerProcessor / kMostWarps)
-    store_kernel(const __grid_constant__ StoreParams p) {
-    using Key = CacheUnit::Key;
-    using Value = CacheUnit::Value;
-    if (blockIdx.z == 0) {
-        if (kMayBeMatrix && p.sides[0].is_matrix)
-            store_side<Key, true, MatrixOperand, kMayBeMatrix>(p);
-        else
-            store_side<Key, true, RotationOperand<Key>, kMayBeMatrix>(p);
-    } else {
-        if (kMayBeMatrix && p.sides[1].is_matrix)
-            store_side<Value, false, MatrixOperand, kMayBeMatrix>(p);
-        else
-            store_side<Value, false, RotationOperand<Value>, kMayBeMatrix>(p);
-    }
+template <bool kTogether>
+__global__ void __launch_bounds__(kWarps* kLanes, kWarpsPerProcessor / kWarps) store_kernel(
+    const __grid_constant__ StoreParams p) {
+    if (blockIdx.z == 0)
+        store_side<CacheUnit::Key, true, kTogether>(p);
+    else
+        store_side<CacheUnit::Value, false, kTogether>(p);
 }
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-template <int kMostWarps, bool kMayBeMatrix>
-cudaError_t launch(StoreParams p, cudaStream_t stream) {
-    const auto kernel = store_kernel<kMostWarps, kMayBeMatrix>;
-    constexpr int kOperand = kMayBeMatrix ? kMatrixBytes : kRotationBytes;
-    int device = 0, processors = 0, most_shared = 0, resident = 0;
+template <bool kTogether>
+cudaError_t launch(StoreParams p, int processors, cudaStream_t stream) {
+    const auto kernel = store_kernel<kTogether>;
+    int device = 0, most_shared = 0, resident = 0;
     cudaError_t status = cudaGetDevice(&device);
-    if (status == cudaSuccess)
-        status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
     if (status == cudaSuccess)
         status = cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (status != cudaSuccess) return status;
-    const int fitting = (most_shared - kOperand - kCounterBytes) / kWarpBytes;
+    const int fitting = (most_shared - kMatrixBytes) / kWarpBytes;
     if (fitting < 1) return cudaErrorInvalidConfiguration;  // Python says so before it comes to this
-    // A few tokens are better spread over the processors: one by one they take long to write.
     const int pairs = 2 * p.kv_heads;  // of head and side
-    for (p.window = kRows; p.window > kLeastWindow && 2 * ceil_div(p.tokens, p.window) * pairs <= processors;)
-        p.window /= 2;
     const int windows = ceil_div(p.tokens, p.window);
-    const int warps = std::min({std::max(1, windows * pairs / processors), kMostWarps, fitting});
-    const int shared = kOperand + warps * kWarpBytes + kCounterBytes;
+    const int warps = kTogether ? kWarps : std::min({std::max(1, windows * pairs / processors), kWarps, fitting});
+    const int shared = kMatrixBytes + warps * kWarpBytes;
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (status == cudaSuccess)
         status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, warps * kLanes, shared);
     if (status != cudaSuccess) return status;
-    // No more CTAs than run at once: then a warp always has its next tile on the way, and fragments are loaded once.
+    // No more CTAs than run at once: then a warp always has its next tile on the way, and T is loaded once.
     const int most = std::max(1, processors * resident / pairs);
 
-    cudaLaunchAttribute overlap{};
+cudaLaunchAttribute overlap{};
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
@@ -640,10 +574,22 @@ cudaError_t launch(StoreParams p, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t launch_store(const StoreParams& p, cudaStream_t stream) {
-    if (p.tokens == 0) return cudaSuccess;
-    return p.sides[0].is_matrix || p.sides[1].is_matrix ? launch<kMatrixWarps, true>(p, stream)
-                                                        : launch<kWarps, false>(p, stream);
+cudaError_t launch_store(const StoreParams& params, cudaStream_t stream) {
+    if (params.tokens == 0) return cudaSuccess;
+    StoreParams p = params;
+    int device = 0, processors = 0;
+    cudaError_t status = cudaGetDevice(&device);
+    if (status == cudaSuccess)
+        status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    if (status != cudaSuccess) return status;
+    // A few tokens are better spread over the processors: one by one they take long to write.
+    const int pairs = 2 * p.kv_heads;  // of head and side
+    for (p.window = kRows; p.window > kLeastWindow && 2 * ceil_div(p.tokens, p.window) * pairs <= processors;)
+        p.window /= 2;
+    if constexpr (MQ_WGMMA && kWholeGroups<CacheUnit::Key> && kWholeGroups<CacheUnit::Value>) {
+        if (ceil_div(p.tokens, p.window) * pairs >= kManyTiles * processors) return launch<true>(p, processors, stream);
+    }
+    return launch<false>(p, processors, stream);
 }
 
 }  // namespace mq

@@ -10,24 +10,23 @@ fp16 before they are compared. There either code is as good. A vector with scale
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from manthanquant.cuda.fragments import BLOCK, b_fragments
+from manthanquant.cuda.fragments import BLOCK
 from manthanquant.cuda.module import address, module_for, require_shared_memory, stream_of, traceable
-from manthanquant.formats import LANES, SIDES, UNIT_TOKENS, Format, Side, get_paged
+from manthanquant.formats import SIDES, UNIT_TOKENS, Format, Side, get_paged
 from manthanquant.jit.kernels import store_extension
 from manthanquant.packing import pages_as_units
 from manthanquant.reference import HotPool
-from manthanquant.transform import LayerTransform, SideTransform, hadamard, hadamard_block, signs
+from manthanquant.transform import LayerTransform, SideTransform, hadamard_block
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-# Of the kernel's shared memory, see csrc/store.cu: elements between rows of a tile, and what its warps share.
-_PADDING, _COUNTER_BYTES = 8, 16
-_GROUP = 4  # blocks of 16 channels that the kernel mixes by sums and differences at most (kGroup)
+# Of the kernel's shared memory, see csrc/store.cu: elements between rows of a tile.
+_PADDING = 8
+_CORE = 8  # rows and columns of a core matrix of the kernel's B operand
 
 
 def tie(boundary: float) -> float:
@@ -40,18 +39,12 @@ class SideOperand:
     """One side's transform in the order of the kernel's registers.
 
     Attributes:
-        fragments: 16-bit B fragments of 16 x 16 blocks. A rotation's: `[KV heads or 1, D / 16, 32, 8]`, the diagonal
-            before blocks are mixed. A matrix's: `[KV heads or 1, D / 16 in, D / 16 out, 32, 8]`.
-        is_matrix: which of the two.
-        order: a rotation's order of channels, int32 `[KV heads, D / 16, 32]` (`Inbox::reorder`); None to leave it.
-        start: keys only: what the kernel's sums start from, minus the mean; fp32 `[KV heads or 1, D / 8, 4 lanes, 4]`.
+        matrix: T as core matrices, `[KV heads or 1, inputs / 8, D / 8, 8 outputs, 8 inputs]`, 16 bits. Keys have 16
+            inputs more than D: minus the mean, transformed, in three parts that the kernel multiplies by 1, and zeros.
         output_scale: a class each: kernel's output unit to transformed vectors.
     """
 
-    fragments: Tensor
-    is_matrix: bool
-    order: Tensor | None
-    start: Tensor | None
+    matrix: Tensor
     output_scale: tuple[float, float]
 
 
@@ -79,9 +72,8 @@ def prepare(
         for side, name in zip((transform.key, transform.value), SIDES)
     )
     prepared = StoreTransform(fmt, head_size, dtype, *sides)
-    if prepared.key.is_matrix or prepared.value.is_matrix:
-        needs = dtype.itemsize * (head_size * head_size + UNIT_TOKENS * (head_size + _PADDING)) + _COUNTER_BYTES
-        require_shared_memory(needs, transform.key.kind, head_size, device)
+    needs = dtype.itemsize * ((head_size + BLOCK) * head_size + UNIT_TOKENS * (head_size + _PADDING))
+    require_shared_memory(needs, transform.key.kind, head_size, device)
     return prepared
 
 
@@ -117,12 +109,8 @@ def store(
         cache,
         slot_mapping,
         transform.fmt.name,
-        transform.key.fragments,
-        transform.key.order,
-        transform.key.start,
-        transform.value.fragments,
-        transform.value.order,
-        [transform.key.is_matrix, transform.value.is_matrix],
+        transform.key.matrix,
+        transform.value.matrix,
         [*transform.key.output_scale, *transform.value.output_scale],
         transform.head_size,
         transform.dtype,
@@ -139,12 +127,8 @@ def _launch(
     cache: Tensor,
     slot_mapping: Tensor,
     fmt_name: str,
-    key_fragments: Tensor,
-    key_order: Tensor | None,
-    key_start: Tensor,
-    value_fragments: Tensor,
-    value_order: Tensor | None,
-    is_matrix: list[bool],
+    key_matrix: Tensor,
+    value_matrix: Tensor,
     output_scale: list[float],
     head_size: int,
     dtype: torch.dtype,
@@ -173,8 +157,8 @@ def _launch(
         module = module_for(store_extension(fmt, head_size, DTYPES[dtype]), cache.device)
         module.store(
             stream_of(cache.device),
-            _side_arguments(key, key_fragments, key_order, is_matrix[0], key_start, output_scale[:2], hot_key),
-            _side_arguments(value, value_fragments, value_order, is_matrix[1], None, output_scale[2:], hot_value),
+            _side_arguments(key, key_matrix, output_scale[:2], hot_key),
+            _side_arguments(value, value_matrix, output_scale[2:], hot_value),
             slot_mapping.data_ptr(),
             address(hot_slots),
             cache.data_ptr(),
@@ -192,32 +176,10 @@ _store = traceable("store", _launch, writes=("cache", "hot_key", "hot_value", "n
 
 
 def _side_arguments(
-    x: Tensor,
-    fragments: Tensor,
-    order: Tensor | None,
-    is_matrix: bool,
-    start: Tensor | None,
-    scale: list[float],
-    pool: Tensor | None,
-) -> tuple[int | float | bool, ...]:
-    return (
-        x.data_ptr(),
-        x.stride(0),
-        x.stride(1),
-        fragments.data_ptr(),
-        _head_stride(fragments),
-        address(order),
-        is_matrix,
-        address(start),
-        _head_stride(start) if start is not None else 0,
-        *scale,
-        address(pool),
-    )
-
-
-def _head_stride(x: Tensor) -> int:
-    """In bytes; 0 where all heads share one."""
-    return x.stride(0) * x.element_size() if x.shape[0] > 1 else 0
+    x: Tensor, matrix: Tensor, scale: list[float], pool: Tensor | None
+) -> tuple[int | float, ...]:
+    matrix_stride = matrix.stride(0) * matrix.element_size() if matrix.shape[0] > 1 else 0
+    return (x.data_ptr(), x.stride(0), x.stride(1), matrix.data_ptr(), matrix_stride, *scale, address(pool))
 
 
 def _loadable(x: Tensor) -> Tensor:
@@ -236,54 +198,32 @@ def _side_operand(
     normed = side.kind in ("hadamard", "gain")
     scale = [hadamard_block(count) ** -0.5 if normed else 1.0 for count in segments]
     per_channel = torch.tensor([s for s, count in zip(scale, segments) for _ in range(count)], dtype=torch.float64)
-    order = None
-    if normed:
-        factors = torch.tensor(signs(head_size, name), dtype=torch.float64)[None]
-        if side.order is not None and side.gain is not None:
-            factors = factors * side.gain.double().cpu()
-            order = _places(side.order.cpu()).to(device)
-        blocks = hadamard(BLOCK) * BLOCK**0.5 * factors.view(-1, 1, BLOCK)
-        fragments = _fragments(blocks, name, dtype).view(factors.shape[0], head_size // BLOCK, LANES, -1)
-    else:
-        fragments = _fragments(side.forward.double().cpu() / per_channel[:, None], name, dtype)
-    start = _start(side, segments, per_channel, normed, device) if name == "key" else None
-    return SideOperand(fragments.to(device), not normed, order, start, (scale[0], scale[-1]))
+    forward = side.forward.double().cpu() / per_channel[:, None]
+    if name == "key":
+        mean = _mean_inputs(side.mean, forward, dtype)
+        forward = _dealt(torch.cat([forward.expand(mean.shape[0], -1, -1), mean], -1))
+    cores = forward.unflatten(2, (-1, _CORE)).unflatten(1, (-1, _CORE)).permute(0, 3, 1, 2, 4)
+    return SideOperand(cores.to(dtype).contiguous().to(device), (scale[0], scale[-1]))
 
 
-def _start(
-    side: SideTransform, segments: Sequence[int], per_channel: Tensor, is_rotation: bool, device: torch.device
-) -> Tensor:
-    """`SideOperand.start`; a rotation's before sums and differences, which are their own inverse but for a factor."""
-    forward = side.forward.double().cpu()
-    mean = torch.zeros(1, forward.shape[-1]) if side.mean is None else side.mean
-    minus_mean = -torch.einsum("hd,hed->he", mean.double().cpu(), forward.expand(mean.shape[0], -1, -1)) / per_channel
-    if is_rotation:
-        parts = []
-        for part, count in zip(minus_mean.split(list(segments), -1), segments):
-            mixed = min(hadamard_block(count) // BLOCK, _GROUP)
-            blocks = part.unflatten(1, (-1, mixed, BLOCK))
-            parts.append(torch.einsum("ij,hbjc->hbic", hadamard(mixed) * mixed**-0.5, blocks).flatten(1))
-        minus_mean = torch.cat(parts, -1)
-    # Channel 4 c + 2 e + n of a block is element e of lane c in n tile n; rows g and g + 8 start alike.
-    start = minus_mean.unflatten(1, (-1, 4, 2, 2)).permute(0, 1, 4, 2, 3)
-    return torch.cat([start, start], -1).flatten(1, 2).float().to(device).contiguous()
+def _mean_inputs(mean: Tensor | None, forward: Tensor, dtype: torch.dtype) -> Tensor:
+    """Minus the transformed mean as columns of T `[KV heads, D, 16]`: three parts of `dtype` hold it as well as fp32."""
+    if mean is None:
+        return torch.zeros(*forward.shape[:2], BLOCK, dtype=torch.float64)
+    rest = -torch.einsum("hd,hed->he", mean.double().cpu(), forward.expand(mean.shape[0], -1, -1))
+    columns = torch.zeros(*rest.shape, BLOCK, dtype=torch.float64)
+    for part in range(3):
+        columns[..., part] = rest.to(dtype).double()
+        rest = rest - columns[..., part]
+    return columns
 
 
-def _fragments(matrix: Tensor, side: Side, dtype: torch.dtype) -> Tensor:
-    """`b_fragments` of `[H, N out, N in]`, whose rows csrc/store.cu deals to a block's 16 columns as it needs them."""
-    if side == "key":  # a lane's columns 2 c and 2 c + 1 of the two n tiles become channels 4 c to 4 c + 3, in turn
-        tile, pair, element = torch.meshgrid(torch.arange(2), torch.arange(4), torch.arange(2), indexing="ij")
-        within = (4 * pair + 2 * element + tile).flatten()
-        matrix = matrix.unflatten(1, (-1, BLOCK))[:, :, within].flatten(1, 2)
-    return b_fragments(matrix, dtype, grouped_in=False, grouped_out=False)
-
-
-def _places(order: Tensor) -> Tensor:
-    """`order` `[KV heads, D]` -> the byte at which a lane's row of a channel's tokens begins (`Inbox::reorder`)."""
-    row_bytes = UNIT_TOKENS // 2 * 2
-    lane = torch.arange(LANES)
-    channel = order.unflatten(1, (-1, BLOCK))[..., lane // 16 * 8 + lane % 8]
-    return (row_bytes * (lane // 8 % 2 * order.shape[1] + channel)).int().contiguous()
+def _dealt(matrix: Tensor) -> Tensor:
+    """Rows of `[H, D, inputs]`, dealt so that a lane's columns 2 c and 2 c + 1 of a block's two n tiles are its
+    channels 4 c to 4 c + 3, in turn."""
+    tile, pair, element = torch.meshgrid(torch.arange(2), torch.arange(4), torch.arange(2), indexing="ij")
+    within = (4 * pair + 2 * element + tile).flatten()
+    return matrix.unflatten(1, (-1, BLOCK))[:, :, within].flatten(1, 2)
 
 
 assert UNIT_TOKENS == BLOCK  # a unit's tokens are the rows of one matrix instruction

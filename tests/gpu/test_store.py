@@ -147,9 +147,9 @@ def test_any_chunk_at_any_offset(tokens, start):
     check_cache(cache, before, key, value, slots, fmt, transform)
 
 
-def test_channels_reordered_without_stmatrix(monkeypatch):
-    """What serves architectures before sm_90."""
-    monkeypatch.setattr(gpu, "store_extension", partial(gpu.store_extension, stmatrix=False))
+def test_without_wgmma(monkeypatch):
+    """What serves architectures other than sm_90a, at a size at which that one uses it."""
+    monkeypatch.setattr(gpu, "store_extension", partial(gpu.store_extension, wgmma=False))
     test_any_chunk_at_any_offset(65, 15)
 
 
