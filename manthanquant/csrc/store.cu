@@ -32,6 +32,7 @@
 #include "codebook.h"
 #include "layout.h"
 #include "ptx.cuh"
+#include "rotation.cuh"
 #include "store.h"
 #include "store_pack.cuh"
 #include "store_quantize.cuh"
@@ -54,10 +55,13 @@ constexpr int kLeastWindow = 8;                               // tokens a warp l
 constexpr int kManyTiles = 8;                                 // a processor: then warpgroups are worth their while
 
 // Shared memory: T, each warp's next X.
-constexpr int kCoreBytes = 8 * 8 * kElementBytes;                          // of a core matrix, see Matrix
-constexpr int kMatrixBytes = (kHeadSize + 16) * kHeadSize * kElementBytes;  // with a block for the mean
 constexpr int kRowPitch = kHeadSize * kElementBytes + 16;  // an odd number of 16 bytes: eight rows' reads meet no bank twice
 constexpr int kWarpBytes = kRows * kRowPitch;
+
+// Y is made, and rounded to fp16, so many blocks of channels at a time.
+constexpr int kGroup = 4;
+using GroupOfY = float[2 * kGroup][4];  // C fragments, two n tiles a block
+using XFragments = uint32_t[kBlocks + 1][4];  // A fragments: X, and inputs that are always the same
 
 // 16 rows of X on their way to a warp, in shared memory.
 class Inbox {
@@ -90,11 +94,13 @@ public:
         __syncwarp();
     }
 
-    // A fragments, a block of 16 channels each.
-    __device__ __forceinline__ void load(uint32_t (&x)[kBlocks][4]) const {
+    __device__ __forceinline__ void load(XFragments& x) const {
 #pragma unroll
         for (int block = 0; block < kBlocks; ++block)
             load_matrices(x[block], rows_ + lane_ % 16 * kRowPitch + lane_ / 16 * 16 + block * 32);
+        constexpr uint32_t kOne = std::is_same_v<Element, __half> ? 0x3c00u : 0x3f80u;
+        x[kBlocks][0] = x[kBlocks][1] = lane_ % 4 == 0 ? kOne | kOne << 16 : lane_ % 4 == 1 ? kOne : 0u;
+        x[kBlocks][2] = x[kBlocks][3] = 0u;
     }
 
     __device__ __forceinline__ uint32_t rows() const { return rows_; }
@@ -107,81 +113,134 @@ private:
     const uint8_t* input_;
 };
 
-// Y is made, and rounded to fp16, so many blocks of channels at a time.
-constexpr int kGroup = 4;
-using GroupOfY = float[2 * kGroup][4];  // C fragments, two n tiles a block
+// T comes as core matrices of 8 outputs x 8 inputs: [input / 8][output / 8][8 outputs][8 inputs]. Keys have a block of
+// inputs behind the head, which are always 1, 1, 1, 0, ...: it takes off T mean, which comes in three parts.
+constexpr int kCoreBytes = 8 * 8 * kElementBytes;
+constexpr int kCores = kHeadSize / 8;                   // along outputs
+constexpr int kInputBytes = 2 * kCores * kCoreBytes;    // of a block of inputs
+constexpr int kMatrixBytes = (kBlocks + 1) * kInputBytes;
+constexpr int kRotationBytes = kBlocks * 4 * kCoreBytes + kInputBytes;
 
-// T in shared memory, as core matrices of 8 outputs x 8 inputs: [input / 8][output / 8][8 outputs][8 inputs].
-// `kHasMean`: a block of inputs behind the head is always 1, 1, 1, 0, ...: times minus T mean, in three parts.
-template <bool kHasMean>
+// A block of Y, two n tiles: a block of X times the four core matrices at `row` (the lane's row of them).
+__device__ __forceinline__ void multiply_block(float* y, bool first, const uint32_t (&x)[4], uint32_t row, bool negate) {
+    uint32_t b[4];
+    load_matrices(b, row);
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+        auto& sums = reinterpret_cast<float(&)[4]>(y[4 * n]);
+        const uint32_t flip = negate ? kSignBits : 0u;
+        if (first)
+            mma_16bit_first<Element>(sums, x, b[2 * n] ^ flip, b[2 * n + 1] ^ flip);
+        else
+            mma_16bit<Element>(sums, x, b[2 * n] ^ flip, b[2 * n + 1] ^ flip);
+    }
+}
+
+// T as it comes, in shared memory.
+template <class Side, bool kHasMean>
 class Matrix {
 public:
+    static constexpr int kBytes = kMatrixBytes;
+
     // All threads of the CTA: asks for it.
     __device__ __forceinline__ Matrix(uint8_t* shared, const StoreSide& side, int head, int lane)
-        : core_(shared_address(shared)), lane_(lane) {
+        : shared_(shared_address(shared)), lane_(lane) {
         const uint8_t* source = static_cast<const uint8_t*>(side.matrix) + head * side.matrix_head_stride;
-        constexpr int kBytes = kHasMean ? kMatrixBytes : kMatrixBytes - kBlockBytes;
-        for (int i = 16 * threadIdx.x; i < kBytes; i += 16 * blockDim.x) cp_async_16(core_ + i, source + i);
+        for (int i = 16 * threadIdx.x; i < (kBlocks + kHasMean) * kInputBytes; i += 16 * blockDim.x)
+            cp_async_16(shared_ + i, source + i);
         cp_async_commit();
     }
 
     // Blocks `from` to `from` + `count` of Y = X T^T - T mean.
-    __device__ __forceinline__ void multiply(GroupOfY& y, int from, int count, const uint32_t (&x)[kBlocks][4]) const {
-        const int m = lane_ / 8;  // of the four core matrices of a block: input half m % 2, output half m / 2
-        const uint32_t row = core_ + (m % 2 * kCores + 2 * from + m / 2) * kCoreBytes + lane_ % 8 * 16;
+    __device__ __forceinline__ void multiply(GroupOfY& y, int from, int count, const XFragments& x) const {
+        // Of a block's core matrices, lanes 8 m to 8 m + 7 point at number m: half m % 2 of inputs, m / 2 of outputs.
+        const int m = lane_ / 8;
+        const uint32_t row = shared_ + (m % 2 * kCores + 2 * from + m / 2) * kCoreBytes + lane_ % 8 * 16;
 #pragma unroll
-        for (int in = 0; in < kBlocks; ++in) {
+        for (int in = 0; in < kBlocks + kHasMean; ++in) {
 #pragma unroll
-            for (int i = 0; i < count; ++i) {
-                uint32_t b[4];
-                load_matrices(b, row + in * kBlockBytes + 2 * i * kCoreBytes);
-#pragma unroll
-                for (int n = 0; n < 2; ++n) {
-                    if (in == 0)
-                        mma_16bit_first<Element>(y[2 * i + n], x[in], b[2 * n], b[2 * n + 1]);
-                    else
-                        mma_16bit<Element>(y[2 * i + n], x[in], b[2 * n], b[2 * n + 1]);
-                }
-            }
-        }
-        if (!kHasMean) return;
-        uint32_t ones[4];
-        mean_inputs(ones);
-#pragma unroll
-        for (int i = 0; i < count; ++i) {
-            uint32_t b[4];
-            load_matrices(b, row + kBlocks * kBlockBytes + 2 * i * kCoreBytes);
-#pragma unroll
-            for (int n = 0; n < 2; ++n) mma_16bit<Element>(y[2 * i + n], ones, b[2 * n], b[2 * n + 1]);
+            for (int i = 0; i < count; ++i)
+                multiply_block(y[2 * i], in == 0, x[in], row + in * kInputBytes + 2 * i * kCoreBytes, false);
         }
     }
 
     // The same by the four warps of a warpgroup together, each with its own tile: a whole group of blocks.
-    __device__ __forceinline__ void multiply_together(GroupOfY& y, int from, const uint32_t (&x)[kBlocks][4]) const {
-        const uint64_t first = wgmma_operand(core_ + 2 * from * kCoreBytes, kCores * kCoreBytes, kCoreBytes);
-        const auto operand = [&](int in) { return wgmma_operand_at(first, in * kBlockBytes); };
-        uint32_t ones[4];
-        mean_inputs(ones);
+    __device__ __forceinline__ void multiply_together(GroupOfY& y, int from, const XFragments& x) const {
+        const uint64_t first = wgmma_operand(shared_ + 2 * from * kCoreBytes, kCores * kCoreBytes, kCoreBytes);
         wgmma_begin();
 #pragma unroll
-        for (int in = 0; in < kBlocks; ++in) wgmma_64<Element>(y, in > 0, x[in], operand(in));
-        if (kHasMean) wgmma_64<Element>(y, true, ones, operand(kBlocks));
+        for (int in = 0; in < kBlocks + kHasMean; ++in)
+            wgmma_64<Element>(y, in > 0, x[in], wgmma_operand_at(first, in * kInputBytes));
         wgmma_end(y);
     }
 
 private:
-    static constexpr int kCores = kHeadSize / 8;  // along outputs
-    static constexpr int kBlockBytes = 2 * kCores * kCoreBytes;
+    uint32_t shared_;
+    int lane_;
+};
 
-    // An A fragment whose first three inputs are 1, the others 0.
-    __device__ __forceinline__ void mean_inputs(uint32_t (&a)[4]) const {
-        constexpr uint32_t kOne = std::is_same_v<Element, __half> ? 0x3c00u : 0x3f80u;
-        const int c = lane_ % 4;
-        a[0] = a[1] = c == 0 ? kOne | kOne << 16 : c == 1 ? kOne : 0u;
-        a[2] = a[3] = 0u;
+// T = H diag(signs): H is block diagonal with Sylvester-Hadamard blocks, H[m][k] = (-1)^popcount(m & k) within a block.
+// Bits 0 to 3 of m and k are a product by matrix instructions, with one 16 x 16 matrix a block of channels, its signs in
+// it. So are bits that tell one group of blocks from another. Those between are sums and differences of a group's blocks.
+// Little of T is read, and no more shared memory taken.
+template <class Side, bool kHasMean>
+class RotationOperand {
+public:
+    static constexpr int kBytes = kRotationBytes;
+
+    __device__ __forceinline__ RotationOperand(uint8_t* shared, const StoreSide& side, int head, int lane)
+        : shared_(shared_address(shared)), lane_(lane) {
+        const uint8_t* source = static_cast<const uint8_t*>(side.matrix) + head * side.matrix_head_stride;
+        constexpr int kHalf = 2 * kCoreBytes;  // of a block of inputs, for one block of outputs: contiguous
+        for (int i = 16 * threadIdx.x; i < kMeanAt; i += 16 * blockDim.x) {
+            const int block = i / (2 * kHalf);
+            cp_async_16(shared_ + i, source + (i / kHalf * kCores + 2 * R::first_of_matrix(block)) * kCoreBytes + i % kHalf);
+        }
+        if (kHasMean) {
+            for (int i = 16 * threadIdx.x; i < kInputBytes; i += 16 * blockDim.x)
+                cp_async_16(shared_ + kMeanAt + i, source + kBlocks * kInputBytes + i);
+        }
+        cp_async_commit();
     }
 
-    uint32_t core_;
+    __device__ __forceinline__ void multiply(GroupOfY& y, int from, int count, const XFragments& x) const {
+        const int m = lane_ / 8;  // see Matrix
+        const uint32_t row = shared_ + lane_ % 8 * 16;
+#pragma unroll
+        for (int i = 0; i < count; ++i) {
+            bool first = true;
+#pragma unroll
+            for (int in = 0; in < kBlocks; ++in) {
+                if (!R::mixes(in, from + i) || (in - from - i) % kGroup != 0) continue;
+                multiply_block(y[2 * i], first, x[in], row + (4 * in + m % 2 * 2 + m / 2) * kCoreBytes, R::negates(in, from));
+                first = false;
+            }
+        }
+#pragma unroll
+        for (int step = 1; step < kGroup; step *= 2) {
+#pragma unroll
+            for (int i = 0; i < count; ++i) {
+                if (!R::pairs(from + i, step)) continue;
+#pragma unroll
+                for (int e = 0; e < 8; ++e) {
+                    float &low = y[2 * i + e / 4][e % 4], &high = y[2 * (i + step) + e / 4][e % 4];
+                    const float sum = low + high;
+                    high = low - high;
+                    low = sum;
+                }
+            }
+        }
+        if (!kHasMean) return;
+#pragma unroll
+        for (int i = 0; i < count; ++i)
+            multiply_block(y[2 * i], false, x[kBlocks],
+                           row + kMeanAt + (m % 2 * kCores + 2 * (from + i) + m / 2) * kCoreBytes, false);
+    }
+
+private:
+    using R = Rotation<Side>;
+    static constexpr int kMeanAt = kBlocks * 4 * kCoreBytes;
+    uint32_t shared_;
     int lane_;
 };
 
@@ -303,10 +362,10 @@ constexpr bool kWholeGroups = Side::channels(0) % (16 * kGroup) == 0 &&
                               (Side::classes == 1 || Side::channels(1) % (16 * kGroup) == 0);
 
 // `kTogether`: the warps of a warpgroup call it together. `kRescaled`: y comes times `factor`.
-template <class Side, bool kTogether, bool kRescaled, class Matrix>
+template <class Side, bool kTogether, bool kRescaled, class Operand>
 __device__ __forceinline__ void transform(Transformed<Side>& tile, const float (&factor)[2][Side::classes],
-                                          const Matrix& matrix, const Inbox& inbox) {
-    uint32_t x[kBlocks][4];
+                                          const Operand& operand, const Inbox& inbox) {
+    XFragments x;
     inbox.load(x);
 #pragma unroll
     for (int cls = 0; cls < Side::classes; ++cls) {
@@ -317,9 +376,9 @@ __device__ __forceinline__ void transform(Transformed<Side>& tile, const float (
             const int count = end - from < kGroup ? end - from : kGroup;
             GroupOfY group;
             if constexpr (kTogether)
-                matrix.multiply_together(group, from, x);
+                operand.multiply_together(group, from, x);
             else
-                matrix.multiply(group, from, count, x);
+                operand.multiply(group, from, count, x);
 #pragma unroll
             for (int i = 0; i < 4 * kGroup; ++i) {
                 if (i >= 4 * count) break;
@@ -344,9 +403,9 @@ __device__ constexpr float least_square(int n) { return n * 0x1p-20f; }
 
 // Looks after rows that fp16 does not suit, which is rare: vectors that are not finite become zero, and are counted;
 // very large and very small ones are transformed again, times `factor`, a power of two, which becomes other than 1.
-template <class Side, class Matrix>
+template <class Side, class Operand>
 __device__ __forceinline__ void mend(Transformed<Side>& tile, float (&factor)[2][Side::classes], const StoreParams& p,
-                                     const StoreSide& side, const Matrix& matrix, const Inbox& inbox, uint32_t rows,
+                                     const StoreSide& side, const Operand& operand, const Inbox& inbox, uint32_t rows,
                                      int first, int head, int lane) {
     constexpr float kLargest = 3.40282347e38f;
     bool again = false, zero[2] = {};
@@ -369,7 +428,7 @@ __device__ __forceinline__ void mend(Transformed<Side>& tile, float (&factor)[2]
     if (__any_sync(kFullWarp, again)) {
         inbox.request(first);
         inbox.await();
-        transform<Side, false, true>(tile, factor, matrix, inbox);
+        transform<Side, false, true>(tile, factor, operand, inbox);
     }
 #pragma unroll
     for (int row = 0; row < 2; ++row)
@@ -462,20 +521,20 @@ __device__ __forceinline__ void store_tile(const StoreParams& p, const StoreSide
     }
 }
 
-template <class Side, bool kIsKey, bool kTogether>
+template <class Side, bool kIsKey, class Operand, bool kTogether>
 __device__ __forceinline__ void store_side(const StoreParams& p) {
     const StoreSide& side = p.sides[kIsKey ? 0 : 1];
     const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes;
     const int head = blockIdx.y;
     extern __shared__ __align__(128) uint8_t shared[];
-    const Inbox inbox(shared + kMatrixBytes + warp * kWarpBytes, side, p.tokens, head, lane);
+    const Inbox inbox(shared + Operand::kBytes + warp * kWarpBytes, side, p.tokens, head, lane);
     uint8_t* const cache = p.cache + head * p.head_stride;
 
     constexpr int kTeam = kTogether ? kWarpgroup : 1;  // its warps have windows side by side, and go on together
     const int windows = (p.tokens + p.window - 1) / p.window, step = gridDim.x * warps;
     int window = blockIdx.x * warps + warp;
     const auto team_has = [&](int window) { return window - warp % kTeam < windows; };
-    const Matrix<kIsKey> matrix(shared, side, head, lane);
+    const Operand operand(shared, side, head, lane);
     await_previous_kernel();  // so far only constants were read
     allow_next_kernel();
     // A window's rows are asked for before its slots are known: from where the previous one's unit started.
@@ -511,9 +570,9 @@ __device__ __forceinline__ void store_side(const StoreParams& p) {
             float factor[2][Side::classes];
             for (auto& row : factor)
                 for (float& x : row) x = 1.f;
-            transform<Side, kTogether, false>(tile, factor, matrix, inbox);
+            transform<Side, kTogether, false>(tile, factor, operand, inbox);
             if (!__all_sync(kFullWarp, suits_fp16(tile)))
-                mend(tile, factor, p, side, matrix, inbox, rows, base + start, head, lane);
+                mend(tile, factor, p, side, operand, inbox, rows, base + start, head, lane);
             again = scattered != 0u;
             if constexpr (kTogether) again = warp < kTeam ? warpgroup_any<1>(again) : warpgroup_any<2>(again);
             if (again || team_has(window + step)) inbox.request(again ? base : next + expected);
@@ -527,31 +586,34 @@ __device__ __forceinline__ void store_side(const StoreParams& p) {
 }
 
 // Grid: x shares out windows, y is the KV head, z the side.
-template <bool kTogether>
+template <template <class, bool> class Operand, bool kTogether>
 __global__ void __launch_bounds__(kWarps* kLanes, kWarpsPerProcessor / kWarps) store_kernel(
     const __grid_constant__ StoreParams p) {
+    using Key = CacheUnit::Key;
+    using Value = CacheUnit::Value;
     if (blockIdx.z == 0)
-        store_side<CacheUnit::Key, true, kTogether>(p);
+        store_side<Key, true, Operand<Key, true>, kTogether>(p);
     else
-        store_side<CacheUnit::Value, false, kTogether>(p);
+        store_side<Value, false, Operand<Value, false>, kTogether>(p);
 }
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-template <bool kTogether>
-cudaError_t launch(StoreParams p, int processors, cudaStream_t stream) {
-    const auto kernel = store_kernel<kTogether>;
+template <template <class, bool> class Operand, bool kTogether>
+cudaError_t launch(const StoreParams& p, int processors, cudaStream_t stream) {
+    const auto kernel = store_kernel<Operand, kTogether>;
+    constexpr int kOperandBytes = Operand<CacheUnit::Key, true>::kBytes;
     int device = 0, most_shared = 0, resident = 0;
     cudaError_t status = cudaGetDevice(&device);
     if (status == cudaSuccess)
         status = cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (status != cudaSuccess) return status;
-    const int fitting = (most_shared - kMatrixBytes) / kWarpBytes;
+    const int fitting = (most_shared - kOperandBytes) / kWarpBytes;
     if (fitting < 1) return cudaErrorInvalidConfiguration;  // Python says so before it comes to this
     const int pairs = 2 * p.kv_heads;  // of head and side
     const int windows = ceil_div(p.tokens, p.window);
     const int warps = kTogether ? kWarps : std::min({std::max(1, windows * pairs / processors), kWarps, fitting});
-    const int shared = kMatrixBytes + warps * kWarpBytes;
+    const int shared = kOperandBytes + warps * kWarpBytes;
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (status == cudaSuccess)
         status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, warps * kLanes, shared);
@@ -587,9 +649,11 @@ cudaError_t launch_store(const StoreParams& params, cudaStream_t stream) {
     for (p.window = kRows; p.window > kLeastWindow && 2 * ceil_div(p.tokens, p.window) * pairs <= processors;)
         p.window /= 2;
     if constexpr (MQ_WGMMA && kWholeGroups<CacheUnit::Key> && kWholeGroups<CacheUnit::Value>) {
-        if (ceil_div(p.tokens, p.window) * pairs >= kManyTiles * processors) return launch<true>(p, processors, stream);
+        if (ceil_div(p.tokens, p.window) * pairs >= kManyTiles * processors)
+            return launch<Matrix, true>(p, processors, stream);
     }
-    return launch<false>(p, processors, stream);
+    return p.sides[0].is_rotation && p.sides[1].is_rotation ? launch<RotationOperand, false>(p, processors, stream)
+                                                            : launch<Matrix, false>(p, processors, stream);
 }
 
 }  // namespace mq

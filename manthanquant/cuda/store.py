@@ -41,10 +41,12 @@ class SideOperand:
     Attributes:
         matrix: T as core matrices, `[KV heads or 1, inputs / 8, D / 8, 8 outputs, 8 inputs]`, 16 bits. Keys have 16
             inputs more than D: minus the mean, transformed, in three parts that the kernel multiplies by 1, and zeros.
+        is_rotation: it is a Hadamard rotation, which the kernel can do without most of the matrix.
         output_scale: a class each: kernel's output unit to transformed vectors.
     """
 
     matrix: Tensor
+    is_rotation: bool
     output_scale: tuple[float, float]
 
 
@@ -72,6 +74,8 @@ def prepare(
         for side, name in zip((transform.key, transform.value), SIDES)
     )
     prepared = StoreTransform(fmt, head_size, dtype, *sides)
+    if prepared.key.is_rotation and prepared.value.is_rotation:
+        return prepared
     needs = dtype.itemsize * ((head_size + BLOCK) * head_size + UNIT_TOKENS * (head_size + _PADDING))
     require_shared_memory(needs, transform.key.kind, head_size, device)
     return prepared
@@ -111,6 +115,7 @@ def store(
         transform.fmt.name,
         transform.key.matrix,
         transform.value.matrix,
+        [transform.key.is_rotation, transform.value.is_rotation],
         [*transform.key.output_scale, *transform.value.output_scale],
         transform.head_size,
         transform.dtype,
@@ -129,6 +134,7 @@ def _launch(
     fmt_name: str,
     key_matrix: Tensor,
     value_matrix: Tensor,
+    is_rotation: list[bool],
     output_scale: list[float],
     head_size: int,
     dtype: torch.dtype,
@@ -157,8 +163,8 @@ def _launch(
         module = module_for(store_extension(fmt, head_size, DTYPES[dtype]), cache.device)
         module.store(
             stream_of(cache.device),
-            _side_arguments(key, key_matrix, output_scale[:2], hot_key),
-            _side_arguments(value, value_matrix, output_scale[2:], hot_value),
+            _side_arguments(key, key_matrix, is_rotation[0], output_scale[:2], hot_key),
+            _side_arguments(value, value_matrix, is_rotation[1], output_scale[2:], hot_value),
             slot_mapping.data_ptr(),
             address(hot_slots),
             cache.data_ptr(),
@@ -176,10 +182,11 @@ _store = traceable("store", _launch, writes=("cache", "hot_key", "hot_value", "n
 
 
 def _side_arguments(
-    x: Tensor, matrix: Tensor, scale: list[float], pool: Tensor | None
-) -> tuple[int | float, ...]:
+    x: Tensor, matrix: Tensor, is_rotation: bool, scale: list[float], pool: Tensor | None
+) -> tuple[int | float | bool, ...]:
     matrix_stride = matrix.stride(0) * matrix.element_size() if matrix.shape[0] > 1 else 0
-    return (x.data_ptr(), x.stride(0), x.stride(1), matrix.data_ptr(), matrix_stride, *scale, address(pool))
+    source = (x.data_ptr(), x.stride(0), x.stride(1), matrix.data_ptr(), matrix_stride)
+    return (*source, is_rotation, *scale, address(pool))
 
 
 def _loadable(x: Tensor) -> Tensor:
@@ -203,11 +210,11 @@ def _side_operand(
         mean = _mean_inputs(side.mean, forward, dtype)
         forward = _dealt(torch.cat([forward.expand(mean.shape[0], -1, -1), mean], -1))
     cores = forward.unflatten(2, (-1, _CORE)).unflatten(1, (-1, _CORE)).permute(0, 3, 1, 2, 4)
-    return SideOperand(cores.to(dtype).contiguous().to(device), (scale[0], scale[-1]))
+    return SideOperand(cores.to(dtype).contiguous().to(device), side.kind == "hadamard", (scale[0], scale[-1]))
 
 
 def _mean_inputs(mean: Tensor | None, forward: Tensor, dtype: torch.dtype) -> Tensor:
-    """Minus the transformed mean as columns of T `[KV heads, D, 16]`: three parts of `dtype` hold it as well as fp32."""
+    """Minus the transformed mean as columns of T `[KV heads, D, 16]`: three parts of `dtype`, as good as fp32."""
     if mean is None:
         return torch.zeros(*forward.shape[:2], BLOCK, dtype=torch.float64)
     rest = -torch.einsum("hd,hed->he", mean.double().cpu(), forward.expand(mean.shape[0], -1, -1))
