@@ -174,6 +174,11 @@ __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// Asks for a line of global memory to be brought into L2.
+__device__ __forceinline__ void prefetch_l2(const void* global) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+
 // From sm_90 on: bulk copies, and the barriers that count their bytes.
 
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {

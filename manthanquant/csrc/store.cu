@@ -3,15 +3,16 @@
 // A warp takes 16 tokens of one KV head and one side through all of it, in registers:
 //
 //   1. X, 16 tokens x head size, comes by asynchronous copies into shared memory, asked for one tile ahead.
-//   2. Y = X T^T on the tensor cores, all of it in accumulators. A rotation, with gains or without, is a small product
-//      and then sums and differences of accumulators; its order of channels costs a pass through shared memory. A
-//      dense transform is a matrix in shared memory.
+//   2. Y = X T^T on the tensor cores, a group of channels at a time, sums in fp32, results in fp16. T is a matrix in
+//      shared memory, whatever it stands for: gains, an order of channels, anything. Where tokens are many, the four
+//      warps of a warpgroup multiply together (sm_90a). A Hadamard rotation needs less: a small product, then sums and
+//      differences.
 //   3. Norms by two shuffles among the four lanes of a token; then codes and EDEN scales, two elements an instruction.
-//   4. Pack and write. The columns of T are dealt to fragments so that a lane ends up with exactly the channels that
-//      the page wants it to own: keys need no exchange at all, values one 8 x 8 transposition of codes.
+//   4. Pack and write. The rows of T are dealt to fragments so that a lane ends up with exactly the channels that the
+//      page wants it to own: keys need no exchange at all, values one 8 x 8 transposition of codes.
 //
-// A tile is about 1,000 instructions a lane, and issuing them is what takes the time: unrolled, none is spent on
-// addresses and loops. The grid is no larger than what runs at once.
+// A tile is 750 (warpgroups) to 900 instructions a lane, and issuing them takes as long as memory does: unrolled, few
+// are spent on addresses and loops. The grid is no larger than what runs at once.
 //
 // Which 16 tokens? A window is 16 consecutive entries of slot_mapping, or 8 where tokens are few. Tokens that fill a
 // whole unit, in order (the engine's order inside a prefill chunk), are taken unit by unit by the window where the unit
@@ -49,19 +50,21 @@ constexpr int kBlocks = kHeadSize / 16;  // blocks of 16 channels: k tiles of X,
 constexpr int kRows = 16;                // of a tile
 constexpr int kElementBytes = 2;
 
-constexpr int kWarps = 8;                                     // of a CTA, at most
+constexpr int kRotationWarps = 4;                             // of a CTA, at most
+constexpr int kMatrixWarps = 8;                               // they share a matrix
 constexpr int kWarpsPerProcessor = kHeadSize > 128 ? 8 : 16;  // what registers allow
 constexpr int kLeastWindow = 8;                               // tokens a warp looks at, where tokens are few
-constexpr int kManyTiles = 8;                                 // a processor: then warpgroups are worth their while
+constexpr int kManyTiles = 6;                                 // a processor: then warpgroups are worth their while
 
 // Shared memory: T, each warp's next X.
-constexpr int kRowPitch = kHeadSize * kElementBytes + 16;  // an odd number of 16 bytes: eight rows' reads meet no bank twice
+constexpr int kRowBytes = kHeadSize * kElementBytes;
+constexpr int kRowPitch = kRowBytes + 16;  // odd times 16 bytes: eight rows' reads meet no bank twice
 constexpr int kWarpBytes = kRows * kRowPitch;
 
 // Y is made, and rounded to fp16, so many blocks of channels at a time.
 constexpr int kGroup = 4;
-using GroupOfY = float[2 * kGroup][4];  // C fragments, two n tiles a block
-using XFragments = uint32_t[kBlocks + 1][4];  // A fragments: X, and inputs that are always the same
+using GroupOfY = float[2 * kGroup][4];        // C fragments, two n tiles a block
+using XFragments = uint32_t[kBlocks + 1][4];  // A fragments, a block each: X, and what MatrixOperand has behind it
 
 // 16 rows of X on their way to a warp, in shared memory.
 class Inbox {
@@ -69,8 +72,8 @@ public:
     __device__ __forceinline__ Inbox(uint8_t* shared, const StoreSide& side, int tokens, int head, int lane)
         : rows_(shared_address(shared)), lane_(lane), last_(tokens - 1), stride_(side.token_stride * kElementBytes) {
         // Four lanes a row: whole sectors of 32 bytes, and two addresses a lane for all of it.
-        input_ = static_cast<const uint8_t*>(side.input) + head * static_cast<int64_t>(side.head_stride) * kElementBytes +
-                 lane % 4 * 16;
+        input_ = static_cast<const uint8_t*>(side.input) +
+                 head * static_cast<int64_t>(side.head_stride) * kElementBytes + lane % 4 * 16;
     }
 
     // Asks for the rows of tokens `first` to `first` + 15. Past the last token it is read again, which costs nothing;
@@ -83,8 +86,8 @@ public:
             const uint8_t* row = input_ + static_cast<int64_t>(min(first + g + 8 * half, last_)) * stride_;
             const uint32_t target = rows_ + (g + 8 * half) * kRowPitch + 16 * c;
 #pragma unroll
-            for (int i = 0; i < 2 * kHeadSize; i += 64)
-                if (i + 64 <= 2 * kHeadSize || i + 16 * c < 2 * kHeadSize) cp_async_16(target + i, row + i);
+            for (int i = 0; i < kRowBytes; i += 64)
+                if (i + 64 <= kRowBytes || i + 16 * c < kRowBytes) cp_async_16(target + i, row + i);
         }
         cp_async_commit();
     }
@@ -94,6 +97,16 @@ public:
         __syncwarp();
     }
 
+    // Brings the rows into L2, where whoever still writes them does so too: before the previous kernel has ended.
+    __device__ __forceinline__ void prefetch(int first) const {
+        constexpr int kLine = 128, kLines = (kRowBytes + kLine - 1) / kLine;  // of a row
+        for (int i = lane_; i < kRows * kLines; i += kLanes) {
+            const int64_t token = min(first + i / kLines, last_);
+            prefetch_l2(input_ - lane_ % 4 * 16 + token * stride_ + i % kLines * kLine);
+        }
+    }
+
+    // Into registers; then the next rows may be asked for.
     __device__ __forceinline__ void load(XFragments& x) const {
 #pragma unroll
         for (int block = 0; block < kBlocks; ++block)
@@ -116,34 +129,33 @@ private:
 // T comes as core matrices of 8 outputs x 8 inputs: [input / 8][output / 8][8 outputs][8 inputs]. Keys have a block of
 // inputs behind the head, which are always 1, 1, 1, 0, ...: it takes off T mean, which comes in three parts.
 constexpr int kCoreBytes = 8 * 8 * kElementBytes;
-constexpr int kCores = kHeadSize / 8;                   // along outputs
-constexpr int kInputBytes = 2 * kCores * kCoreBytes;    // of a block of inputs
-constexpr int kMatrixBytes = (kBlocks + 1) * kInputBytes;
-constexpr int kRotationBytes = kBlocks * 4 * kCoreBytes + kInputBytes;
+constexpr int kCores = kHeadSize / 8;                 // along outputs
+constexpr int kInputBytes = 2 * kCores * kCoreBytes;  // of a block of inputs
 
-// A block of Y, two n tiles: a block of X times the four core matrices at `row` (the lane's row of them).
-__device__ __forceinline__ void multiply_block(float* y, bool first, const uint32_t (&x)[4], uint32_t row, bool negate) {
+// Block `i` of a group of Y: a block of X times four core matrices. Lanes 8 m to 8 m + 7 point at the rows of number m:
+// half m % 2 of the block's inputs, half m / 2 of its outputs.
+__device__ __forceinline__ void multiply_block(GroupOfY& y, int i, bool first, const uint32_t (&x)[4], uint32_t row,
+                                               bool negate = false) {
     uint32_t b[4];
     load_matrices(b, row);
+    for (uint32_t& pair : b) pair ^= negate ? kSignBits : 0u;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-        auto& sums = reinterpret_cast<float(&)[4]>(y[4 * n]);
-        const uint32_t flip = negate ? kSignBits : 0u;
         if (first)
-            mma_16bit_first<Element>(sums, x, b[2 * n] ^ flip, b[2 * n + 1] ^ flip);
+            mma_16bit_first<Element>(y[2 * i + n], x, b[2 * n], b[2 * n + 1]);
         else
-            mma_16bit<Element>(sums, x, b[2 * n] ^ flip, b[2 * n + 1] ^ flip);
+            mma_16bit<Element>(y[2 * i + n], x, b[2 * n], b[2 * n + 1]);
     }
 }
 
 // T as it comes, in shared memory.
 template <class Side, bool kHasMean>
-class Matrix {
+class MatrixOperand {
 public:
-    static constexpr int kBytes = kMatrixBytes;
+    static constexpr int kBytes = (kBlocks + 1) * kInputBytes;
 
     // All threads of the CTA: asks for it.
-    __device__ __forceinline__ Matrix(uint8_t* shared, const StoreSide& side, int head, int lane)
+    __device__ __forceinline__ MatrixOperand(uint8_t* shared, const StoreSide& side, int head, int lane)
         : shared_(shared_address(shared)), lane_(lane) {
         const uint8_t* source = static_cast<const uint8_t*>(side.matrix) + head * side.matrix_head_stride;
         for (int i = 16 * threadIdx.x; i < (kBlocks + kHasMean) * kInputBytes; i += 16 * blockDim.x)
@@ -153,14 +165,13 @@ public:
 
     // Blocks `from` to `from` + `count` of Y = X T^T - T mean.
     __device__ __forceinline__ void multiply(GroupOfY& y, int from, int count, const XFragments& x) const {
-        // Of a block's core matrices, lanes 8 m to 8 m + 7 point at number m: half m % 2 of inputs, m / 2 of outputs.
-        const int m = lane_ / 8;
+        const int m = lane_ / 8;  // see multiply_block
         const uint32_t row = shared_ + (m % 2 * kCores + 2 * from + m / 2) * kCoreBytes + lane_ % 8 * 16;
 #pragma unroll
         for (int in = 0; in < kBlocks + kHasMean; ++in) {
 #pragma unroll
             for (int i = 0; i < count; ++i)
-                multiply_block(y[2 * i], in == 0, x[in], row + in * kInputBytes + 2 * i * kCoreBytes, false);
+                multiply_block(y, i, in == 0, x[in], row + in * kInputBytes + 2 * i * kCoreBytes);
         }
     }
 
@@ -180,23 +191,23 @@ private:
 };
 
 // T = H diag(signs): H is block diagonal with Sylvester-Hadamard blocks, H[m][k] = (-1)^popcount(m & k) within a block.
-// Bits 0 to 3 of m and k are a product by matrix instructions, with one 16 x 16 matrix a block of channels, its signs in
-// it. So are bits that tell one group of blocks from another. Those between are sums and differences of a group's blocks.
-// Little of T is read, and no more shared memory taken.
-template <class Side, bool kHasMean>
+// Bits 0 to 3 of m and k are a product by matrix instructions, with one 16 x 16 matrix a block of channels, its signs
+// in it. So are bits that tell one group of blocks from another; those between are sums and differences of a group's
+// blocks. Little of T is read, and no more shared memory taken.
+template <class Side, bool kMayHaveMean>
 class RotationOperand {
 public:
-    static constexpr int kBytes = kRotationBytes;
+    static constexpr int kBytes = kBlocks * 4 * kCoreBytes + kInputBytes;
 
     __device__ __forceinline__ RotationOperand(uint8_t* shared, const StoreSide& side, int head, int lane)
-        : shared_(shared_address(shared)), lane_(lane) {
+        : shared_(shared_address(shared)), lane_(lane), has_mean_(kMayHaveMean && side.has_mean) {
         const uint8_t* source = static_cast<const uint8_t*>(side.matrix) + head * side.matrix_head_stride;
         constexpr int kHalf = 2 * kCoreBytes;  // of a block of inputs, for one block of outputs: contiguous
         for (int i = 16 * threadIdx.x; i < kMeanAt; i += 16 * blockDim.x) {
-            const int block = i / (2 * kHalf);
-            cp_async_16(shared_ + i, source + (i / kHalf * kCores + 2 * R::first_of_matrix(block)) * kCoreBytes + i % kHalf);
+            const int out = R::first_of_matrix(i / (2 * kHalf));
+            cp_async_16(shared_ + i, source + (i / kHalf * kCores + 2 * out) * kCoreBytes + i % kHalf);
         }
-        if (kHasMean) {
+        if (has_mean_) {
             for (int i = 16 * threadIdx.x; i < kInputBytes; i += 16 * blockDim.x)
                 cp_async_16(shared_ + kMeanAt + i, source + kBlocks * kInputBytes + i);
         }
@@ -204,7 +215,7 @@ public:
     }
 
     __device__ __forceinline__ void multiply(GroupOfY& y, int from, int count, const XFragments& x) const {
-        const int m = lane_ / 8;  // see Matrix
+        const int m = lane_ / 8;  // see multiply_block
         const uint32_t row = shared_ + lane_ % 8 * 16;
 #pragma unroll
         for (int i = 0; i < count; ++i) {
@@ -212,7 +223,8 @@ public:
 #pragma unroll
             for (int in = 0; in < kBlocks; ++in) {
                 if (!R::mixes(in, from + i) || (in - from - i) % kGroup != 0) continue;
-                multiply_block(y[2 * i], first, x[in], row + (4 * in + m % 2 * 2 + m / 2) * kCoreBytes, R::negates(in, from));
+                multiply_block(y, i, first, x[in], row + (4 * in + m % 2 * 2 + m / 2) * kCoreBytes,
+                               R::negates(in, from));
                 first = false;
             }
         }
@@ -230,11 +242,11 @@ public:
                 }
             }
         }
-        if (!kHasMean) return;
+        if (!has_mean_) return;
 #pragma unroll
         for (int i = 0; i < count; ++i)
-            multiply_block(y[2 * i], false, x[kBlocks],
-                           row + kMeanAt + (m % 2 * kCores + 2 * (from + i) + m / 2) * kCoreBytes, false);
+            multiply_block(y, i, false, x[kBlocks],
+                           row + kMeanAt + (m % 2 * kCores + 2 * (from + i) + m / 2) * kCoreBytes);
     }
 
 private:
@@ -242,6 +254,7 @@ private:
     static constexpr int kMeanAt = kBlocks * 4 * kCoreBytes;
     uint32_t shared_;
     int lane_;
+    bool has_mean_;
 };
 
 // What a window has to do: at most one whole unit that starts in it, and the tokens of no whole unit.
@@ -364,9 +377,7 @@ constexpr bool kWholeGroups = Side::channels(0) % (16 * kGroup) == 0 &&
 // `kTogether`: the warps of a warpgroup call it together. `kRescaled`: y comes times `factor`.
 template <class Side, bool kTogether, bool kRescaled, class Operand>
 __device__ __forceinline__ void transform(Transformed<Side>& tile, const float (&factor)[2][Side::classes],
-                                          const Operand& operand, const Inbox& inbox) {
-    XFragments x;
-    inbox.load(x);
+                                          const Operand& operand, const XFragments& x) {
 #pragma unroll
     for (int cls = 0; cls < Side::classes; ++cls) {
         const int end = (Side::first_channel(cls) + Side::channels(cls)) / 16;
@@ -397,14 +408,14 @@ __device__ __forceinline__ void transform(Transformed<Side>& tile, const float (
     }
 }
 
-// Squared norms of `n` elements for which fp16 does: no element is too large, and boundaries are normal numbers.
-constexpr float kLargestSquare = 0x1p31f;
-__device__ constexpr float least_square(int n) { return n * 0x1p-20f; }
+// Whether fp16 does for `n` elements of this squared norm: none is too large, and boundaries are normal numbers.
+__device__ __forceinline__ bool suits_fp16(float square, int n) { return square >= n * 0x1p-20f && square <= 0x1p31f; }
 
 // Looks after rows that fp16 does not suit, which is rare: vectors that are not finite become zero, and are counted;
 // very large and very small ones are transformed again, times `factor`, a power of two, which becomes other than 1.
+// Row 0 of the tile is token `first`. Returns whether its rows were asked for again, and the next tile's are lost.
 template <class Side, class Operand>
-__device__ __forceinline__ void mend(Transformed<Side>& tile, float (&factor)[2][Side::classes], const StoreParams& p,
+__device__ __forceinline__ bool mend(Transformed<Side>& tile, float (&factor)[2][Side::classes], const StoreParams& p,
                                      const StoreSide& side, const Operand& operand, const Inbox& inbox, uint32_t rows,
                                      int first, int head, int lane) {
     constexpr float kLargest = 3.40282347e38f;
@@ -417,7 +428,7 @@ __device__ __forceinline__ void mend(Transformed<Side>& tile, float (&factor)[2]
         for (int cls = 0; cls < Side::classes; ++cls) {
             const float square = tile.square[row][cls];
             total += square;
-            if (square > 0.f && square <= kLargest && !(square >= least_square(Side::channels(cls)) && square <= kLargestSquare)) {
+            if (square > 0.f && square <= kLargest && !suits_fp16(square, Side::channels(cls))) {
                 factor[row][cls] = exp2f(static_cast<float>(-(ilogbf(square) >> 1)));
                 again = true;
             }
@@ -425,30 +436,34 @@ __device__ __forceinline__ void mend(Transformed<Side>& tile, float (&factor)[2]
         zero[row] = !(total <= kLargest);
         if (zero[row]) bad |= 1u << (lane / 4 + 8 * row);
     }
-    if (__any_sync(kFullWarp, again)) {
+    again = __any_sync(kFullWarp, again);
+    if (again) {
+        inbox.await();
         inbox.request(first);
         inbox.await();
-        transform<Side, false, true>(tile, factor, operand, inbox);
+        XFragments x;
+        inbox.load(x);
+        transform<Side, false, true>(tile, factor, operand, x);
     }
 #pragma unroll
-    for (int row = 0; row < 2; ++row)
-        if (zero[row])
+    for (int row = 0; row < 2; ++row) {
+        if (zero[row]) {
             for (float& square : tile.square[row]) square = 0.f;  // then scale 0, whatever the codes
+        }
+    }
     bad = __reduce_or_sync(kFullWarp, bad) & rows;
     if (lane == 0 && bad != 0u && p.nonfinite != nullptr)
         atomicAdd(p.nonfinite, static_cast<unsigned long long>(__popc(bad)));
     if (p.hot_slots != nullptr) write_hot_rows(side, p, inbox.rows(), first, bad, true, head, lane);
+    return again;
 }
 
 template <class Side>
 __device__ __forceinline__ bool suits_fp16(const Transformed<Side>& tile) {
     bool result = true;
 #pragma unroll
-    for (int i = 0; i < 2 * Side::classes; ++i) {
-        const int cls = i / 2;
-        const float square = tile.square[i % 2][cls];
-        result = result && square >= least_square(Side::channels(cls)) && square <= kLargestSquare;
-    }
+    for (int i = 0; i < 2 * Side::classes; ++i)
+        result = result && suits_fp16(tile.square[i % 2][i / 2], Side::channels(i / 2));
     return result;
 }
 
@@ -533,8 +548,9 @@ __device__ __forceinline__ void store_side(const StoreParams& p) {
     constexpr int kTeam = kTogether ? kWarpgroup : 1;  // its warps have windows side by side, and go on together
     const int windows = (p.tokens + p.window - 1) / p.window, step = gridDim.x * warps;
     int window = blockIdx.x * warps + warp;
-    const auto team_has = [&](int window) { return window - warp % kTeam < windows; };
+    const auto team_has = [&](int i) { return i - warp % kTeam < windows; };
     const Operand operand(shared, side, head, lane);
+    if (team_has(window)) inbox.prefetch(window * p.window);
     await_previous_kernel();  // so far only constants were read
     allow_next_kernel();
     // A window's rows are asked for before its slots are known: from where the previous one's unit started.
@@ -565,17 +581,23 @@ __device__ __forceinline__ void store_side(const StoreParams& p) {
         do {  // at most twice; a loop, so that there is one copy of the code for both kinds of tile: it is long
             const uint32_t rows = whole ? 0xffffu : scattered;
             if (!whole) scattered = 0u;
+            again = scattered != 0u;
+            if constexpr (kTogether) again = warp < kTeam ? warpgroup_any<1>(again) : warpgroup_any<2>(again);
             if (p.hot_slots != nullptr) write_hot_rows(side, p, inbox.rows(), base + start, rows, false, head, lane);
+            XFragments x;
+            inbox.load(x);
+            const auto request_next = [&] {
+                if (again || team_has(window + step)) inbox.request(again ? base : next + expected);
+            };
+            request_next();
             Transformed<Side> tile;
             float factor[2][Side::classes];
             for (auto& row : factor)
-                for (float& x : row) x = 1.f;
-            transform<Side, kTogether, false>(tile, factor, operand, inbox);
-            if (!__all_sync(kFullWarp, suits_fp16(tile)))
-                mend(tile, factor, p, side, operand, inbox, rows, base + start, head, lane);
-            again = scattered != 0u;
-            if constexpr (kTogether) again = warp < kTeam ? warpgroup_any<1>(again) : warpgroup_any<2>(again);
-            if (again || team_has(window + step)) inbox.request(again ? base : next + expected);
+                for (float& f : row) f = 1.f;
+            transform<Side, kTogether, false>(tile, factor, operand, x);
+            if (!__all_sync(kFullWarp, suits_fp16(tile))) {
+                if (mend(tile, factor, p, side, operand, inbox, rows, base + start, head, lane)) request_next();
+            }
             const int row_slot = __shfl_sync(kFullWarp, work.slot, start + lane % kRows);
             store_tile<Side, kIsKey>(p, side, tile, factor, rows, whole, row_slot, cache, lane);
             if (again) inbox.await();
@@ -586,7 +608,7 @@ __device__ __forceinline__ void store_side(const StoreParams& p) {
 }
 
 // Grid: x shares out windows, y is the KV head, z the side.
-template <template <class, bool> class Operand, bool kTogether>
+template <template <class, bool> class Operand, int kWarps, bool kTogether>
 __global__ void __launch_bounds__(kWarps* kLanes, kWarpsPerProcessor / kWarps) store_kernel(
     const __grid_constant__ StoreParams p) {
     using Key = CacheUnit::Key;
@@ -599,9 +621,9 @@ __global__ void __launch_bounds__(kWarps* kLanes, kWarpsPerProcessor / kWarps) s
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-template <template <class, bool> class Operand, bool kTogether>
+template <template <class, bool> class Operand, int kWarps, bool kTogether>
 cudaError_t launch(const StoreParams& p, int processors, cudaStream_t stream) {
-    const auto kernel = store_kernel<Operand, kTogether>;
+    const auto kernel = store_kernel<Operand, kWarps, kTogether>;
     constexpr int kOperandBytes = Operand<CacheUnit::Key, true>::kBytes;
     int device = 0, most_shared = 0, resident = 0;
     cudaError_t status = cudaGetDevice(&device);
@@ -621,7 +643,7 @@ cudaError_t launch(const StoreParams& p, int processors, cudaStream_t stream) {
     // No more CTAs than run at once: then a warp always has its next tile on the way, and T is loaded once.
     const int most = std::max(1, processors * resident / pairs);
 
-cudaLaunchAttribute overlap{};
+    cudaLaunchAttribute overlap{};
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
@@ -648,12 +670,13 @@ cudaError_t launch_store(const StoreParams& params, cudaStream_t stream) {
     const int pairs = 2 * p.kv_heads;  // of head and side
     for (p.window = kRows; p.window > kLeastWindow && 2 * ceil_div(p.tokens, p.window) * pairs <= processors;)
         p.window /= 2;
+    if (p.sides[0].is_rotation && p.sides[1].is_rotation)
+        return launch<RotationOperand, kRotationWarps, false>(p, processors, stream);
     if constexpr (MQ_WGMMA && kWholeGroups<CacheUnit::Key> && kWholeGroups<CacheUnit::Value>) {
         if (ceil_div(p.tokens, p.window) * pairs >= kManyTiles * processors)
-            return launch<Matrix, true>(p, processors, stream);
+            return launch<MatrixOperand, kMatrixWarps, true>(p, processors, stream);
     }
-    return p.sides[0].is_rotation && p.sides[1].is_rotation ? launch<RotationOperand, false>(p, processors, stream)
-                                                            : launch<Matrix, false>(p, processors, stream);
+    return launch<MatrixOperand, kMatrixWarps, false>(p, processors, stream);
 }
 
 }  // namespace mq

@@ -15,7 +15,8 @@ struct StoreSide {
     int32_t head_stride;
     const void* matrix;          // T, [heads][input / 8][output / 8][8][8], see Matrix in store.cu
     int64_t matrix_head_stride;  // in bytes; 0 where all heads share one
-    bool is_rotation;            // T is a Hadamard rotation: signs and sums
+    bool is_rotation;            // T is a Hadamard rotation: signs, sums and differences
+    bool has_mean;               // keys alone may have one
     float output_scale[2];  // T x times this is the transformed vector; one a class of channels
     void* hot_pool;       // bf16 [slots, kv heads, 16, head size]; null for none
 };

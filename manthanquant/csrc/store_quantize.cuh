@@ -1,9 +1,9 @@
 // The store's arithmetic on one block of a tile: 16 rows x 16 channels in C-fragment layout, to codes.
 //
 // It runs two elements an instruction. |y| is rounded to fp16 and compared with boundaries times the vector's standard
-// deviation, rounded too: that spares a product per element. The decision can differ from fp32's where y is within `tie`
-// (manthanquant/cuda/store.py) of a boundary, where both codes cost the same to second order. A level is a staircase:
-// each comparison, 0 or 1, adds a rise.
+// deviation, rounded too: that spares a product per element. The decision can differ from fp32's where y is within
+// `tie` (manthanquant/cuda/store.py) of a boundary, where both codes cost the same to second order. A level is a
+// staircase: each comparison, 0 or 1, adds a rise.
 #pragma once
 
 #include <cuda_fp16.h>

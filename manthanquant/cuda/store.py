@@ -26,7 +26,7 @@ from manthanquant.transform import LayerTransform, SideTransform, hadamard_block
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # Of the kernel's shared memory, see csrc/store.cu: elements between rows of a tile.
 _PADDING = 8
-_CORE = 8  # rows and columns of a core matrix of the kernel's B operand
+_CORE = 8  # outputs and inputs of a core matrix, in which the kernel takes T
 
 
 def tie(boundary: float) -> float:
@@ -42,11 +42,13 @@ class SideOperand:
         matrix: T as core matrices, `[KV heads or 1, inputs / 8, D / 8, 8 outputs, 8 inputs]`, 16 bits. Keys have 16
             inputs more than D: minus the mean, transformed, in three parts that the kernel multiplies by 1, and zeros.
         is_rotation: it is a Hadamard rotation, which the kernel can do without most of the matrix.
+        has_mean: its mean is not zero.
         output_scale: a class each: kernel's output unit to transformed vectors.
     """
 
     matrix: Tensor
     is_rotation: bool
+    has_mean: bool
     output_scale: tuple[float, float]
 
 
@@ -116,6 +118,7 @@ def store(
         transform.key.matrix,
         transform.value.matrix,
         [transform.key.is_rotation, transform.value.is_rotation],
+        transform.key.has_mean,
         [*transform.key.output_scale, *transform.value.output_scale],
         transform.head_size,
         transform.dtype,
@@ -135,6 +138,7 @@ def _launch(
     key_matrix: Tensor,
     value_matrix: Tensor,
     is_rotation: list[bool],
+    has_mean: bool,
     output_scale: list[float],
     head_size: int,
     dtype: torch.dtype,
@@ -163,8 +167,8 @@ def _launch(
         module = module_for(store_extension(fmt, head_size, DTYPES[dtype]), cache.device)
         module.store(
             stream_of(cache.device),
-            _side_arguments(key, key_matrix, is_rotation[0], output_scale[:2], hot_key),
-            _side_arguments(value, value_matrix, is_rotation[1], output_scale[2:], hot_value),
+            _side_arguments(key, key_matrix, is_rotation[0], has_mean, output_scale[:2], hot_key),
+            _side_arguments(value, value_matrix, is_rotation[1], False, output_scale[2:], hot_value),
             slot_mapping.data_ptr(),
             address(hot_slots),
             cache.data_ptr(),
@@ -182,11 +186,11 @@ _store = traceable("store", _launch, writes=("cache", "hot_key", "hot_value", "n
 
 
 def _side_arguments(
-    x: Tensor, matrix: Tensor, is_rotation: bool, scale: list[float], pool: Tensor | None
+    x: Tensor, matrix: Tensor, is_rotation: bool, has_mean: bool, scale: list[float], pool: Tensor | None
 ) -> tuple[int | float | bool, ...]:
     matrix_stride = matrix.stride(0) * matrix.element_size() if matrix.shape[0] > 1 else 0
     source = (x.data_ptr(), x.stride(0), x.stride(1), matrix.data_ptr(), matrix_stride)
-    return (*source, is_rotation, *scale, address(pool))
+    return (*source, is_rotation, has_mean, *scale, address(pool))
 
 
 def _loadable(x: Tensor) -> Tensor:
@@ -210,7 +214,9 @@ def _side_operand(
         mean = _mean_inputs(side.mean, forward, dtype)
         forward = _dealt(torch.cat([forward.expand(mean.shape[0], -1, -1), mean], -1))
     cores = forward.unflatten(2, (-1, _CORE)).unflatten(1, (-1, _CORE)).permute(0, 3, 1, 2, 4)
-    return SideOperand(cores.to(dtype).contiguous().to(device), side.kind == "hadamard", (scale[0], scale[-1]))
+    return SideOperand(
+        cores.to(dtype).contiguous().to(device), side.kind == "hadamard", side.mean is not None, (scale[0], scale[-1])
+    )
 
 
 def _mean_inputs(mean: Tensor | None, forward: Tensor, dtype: torch.dtype) -> Tensor:
