@@ -536,7 +536,8 @@ __device__ __forceinline__ void store_tile(const StoreParams& p, const StoreSide
     }
 }
 
-template <class Side, bool kIsKey, class Operand, bool kTogether>
+// `kAtOnce`: the next rows are asked for as soon as X is in registers, not only once Y is there too.
+template <class Side, bool kIsKey, class Operand, bool kTogether, bool kAtOnce>
 __device__ __forceinline__ void store_side(const StoreParams& p) {
     const StoreSide& side = p.sides[kIsKey ? 0 : 1];
     const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes;
@@ -589,15 +590,17 @@ __device__ __forceinline__ void store_side(const StoreParams& p) {
             const auto request_next = [&] {
                 if (again || team_has(window + step)) inbox.request(again ? base : next + expected);
             };
-            request_next();
+            if (kAtOnce) request_next();
             Transformed<Side> tile;
             float factor[2][Side::classes];
             for (auto& row : factor)
                 for (float& f : row) f = 1.f;
             transform<Side, kTogether, false>(tile, factor, operand, x);
             if (!__all_sync(kFullWarp, suits_fp16(tile))) {
-                if (mend(tile, factor, p, side, operand, inbox, rows, base + start, head, lane)) request_next();
+                if (mend(tile, factor, p, side, operand, inbox, rows, base + start, head, lane) && kAtOnce)
+                    request_next();
             }
+            if (!kAtOnce) request_next();
             const int row_slot = __shfl_sync(kFullWarp, work.slot, start + lane % kRows);
             store_tile<Side, kIsKey>(p, side, tile, factor, rows, whole, row_slot, cache, lane);
             if (again) inbox.await();
@@ -608,22 +611,22 @@ __device__ __forceinline__ void store_side(const StoreParams& p) {
 }
 
 // Grid: x shares out windows, y is the KV head, z the side.
-template <template <class, bool> class Operand, int kWarps, bool kTogether>
+template <template <class, bool> class Operand, int kWarps, bool kTogether, bool kAtOnce>
 __global__ void __launch_bounds__(kWarps* kLanes, kWarpsPerProcessor / kWarps) store_kernel(
     const __grid_constant__ StoreParams p) {
     using Key = CacheUnit::Key;
     using Value = CacheUnit::Value;
     if (blockIdx.z == 0)
-        store_side<Key, true, Operand<Key, true>, kTogether>(p);
+        store_side<Key, true, Operand<Key, true>, kTogether, kAtOnce>(p);
     else
-        store_side<Value, false, Operand<Value, false>, kTogether>(p);
+        store_side<Value, false, Operand<Value, false>, kTogether, kAtOnce>(p);
 }
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-template <template <class, bool> class Operand, int kWarps, bool kTogether>
+template <template <class, bool> class Operand, int kWarps, bool kTogether, bool kAtOnce>
 cudaError_t launch(const StoreParams& p, int processors, cudaStream_t stream) {
-    const auto kernel = store_kernel<Operand, kWarps, kTogether>;
+    const auto kernel = store_kernel<Operand, kWarps, kTogether, kAtOnce>;
     constexpr int kOperandBytes = Operand<CacheUnit::Key, true>::kBytes;
     int device = 0, most_shared = 0, resident = 0;
     cudaError_t status = cudaGetDevice(&device);
@@ -671,12 +674,13 @@ cudaError_t launch_store(const StoreParams& params, cudaStream_t stream) {
     for (p.window = kRows; p.window > kLeastWindow && 2 * ceil_div(p.tokens, p.window) * pairs <= processors;)
         p.window /= 2;
     if (p.sides[0].is_rotation && p.sides[1].is_rotation)
-        return launch<RotationOperand, kRotationWarps, false>(p, processors, stream);
+        return launch<RotationOperand, kRotationWarps, false, true>(p, processors, stream);
     if constexpr (MQ_WGMMA && kWholeGroups<CacheUnit::Key> && kWholeGroups<CacheUnit::Value>) {
         if (ceil_div(p.tokens, p.window) * pairs >= kManyTiles * processors)
-            return launch<MatrixOperand, kMatrixWarps, true>(p, processors, stream);
+            return launch<MatrixOperand, kMatrixWarps, true, true>(p, processors, stream);
     }
-    return launch<MatrixOperand, kMatrixWarps, false>(p, processors, stream);
+    // Asked for later here, for lack of registers: spilling costs a short launch a sixth of its time.
+    return launch<MatrixOperand, kMatrixWarps, false, false>(p, processors, stream);
 }
 
 }  // namespace mq
