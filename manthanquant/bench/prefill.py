@@ -31,11 +31,13 @@ FEW_QUERIES, FEW_AFTER = (4, 16, 64, 256), 65536  # where decode attention may b
 READ_SETS = 4  # caches and workspaces, taken in turn: together more than the L2 cache holds
 ELEMENT_BYTES = 2
 REPEATS = 10
+CALLS = ((K3V3, "hadamard"), (K42V3, "gain"), (K42V3, "dense"))  # the last is what calibration makes by default
+READ = (*CALLS, (K42V42, "hadamard"), (K42V42, "dense"))
 
 
 def run(peers: bool) -> Iterator[Result]:
     torch.manual_seed(0)
-    for fmt, kind in ((K3V3, "hadamard"), (K42V3, "gain"), (K42V42, "hadamard"), (K42V42, "dense")):
+    for fmt, kind in READ:
         yield _read(fmt, kind)
     try:
         dense = flash_attention(torch.device("cuda"))
@@ -44,7 +46,7 @@ def run(peers: bool) -> Iterator[Result]:
         return
     for prefix in PREFIXES:
         for queries in CHUNKS:
-            for fmt, kind in ((K3V3, "hadamard"), (K42V3, "gain")):
+            for fmt, kind in CALLS:
                 yield _ours(fmt, kind, queries, prefix, dense)
             if peers:
                 yield _flash_attention(queries, prefix)
