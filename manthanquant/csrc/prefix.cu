@@ -4,21 +4,22 @@
 // registers:
 //
 //   1. Load the lane's words and permute bytes to levels, as decode attention does (decode_codes.cuh).
-//   2. Levels to the A fragments of mma.m16n8k16: small integers, exact in fp16. Key registers are rows of tokens
-//      already; value registers are rows of channels, and one 8 x 8 transposition turns them.
-//   3. X = Y T^-T on the tensor cores. A rotation needs no matrix in memory (rotation.cuh), and its sums are exact. A
-//      dense transform is a matrix in shared memory.
-//   4. Scales, which belong to rows, and what belongs to channels (norm, sign, 1 / gain, key mean) in fp32; then round
-//      once and write. The columns of T^-1 are dealt so that a lane ends up with four consecutive channels of a block.
-//      A gain's channels go to their places by way of shared memory.
+//   2. Levels to the A fragments of a matrix instruction: small integers or halves, exact in fp16. Key registers are
+//      rows of tokens already; value registers are rows of channels, and one 8 x 8 transposition turns them.
+//   3. X = Y T^-T on the tensor cores, 16 or 32 channels of X at a time. T^-1 is a matrix in fp16 and a factor; of a
+//      Hadamard rotation it is exact, and so is every sum. On sm_90 the four warps of a warpgroup multiply their units
+//      together, and the tensor cores read the matrix from shared memory; elsewhere a warp does so alone, with the
+//      matrix from L1.
+//   4. Scales, which belong to rows, and the key mean in fp32; then round once and write. The matrix's rows are dealt
+//      so that a lane ends up with 4 or 8 consecutive channels.
 //
 // Units that the exact tier holds are copied from it, and so are the chunk's own tokens behind the prefix, so that one
 // dense call sees both. Per token and head 100 bytes are read and 512 written (k3v3, D = 128).
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_pipeline.h>
 
 #include <algorithm>
+#include <climits>
 #include <type_traits>
 
 #include "codebook.h"
@@ -26,7 +27,7 @@
 #include "layout.h"
 #include "prefix.h"
 #include "ptx.cuh"
-#include "rotation.cuh"
+#include "wgmma.cuh"
 
 namespace mq {
 namespace {
@@ -35,103 +36,78 @@ using Element = MQ_PREFIX_ELEMENT;  // __nv_bfloat16 or __half
 using CacheUnit = Unit<MQ_FORMAT, MQ_HEAD_SIZE>;
 
 constexpr int kHeadSize = MQ_HEAD_SIZE;
-constexpr int kBlocks = kHeadSize / 16;  // blocks of 16 channels: k tiles of Y, pairs of n tiles of X
-constexpr int kWarps = 4;                // of a CTA
-constexpr int kMatrixWarps = 8;          // share a matrix in shared memory
-// What registers allow.
-constexpr int warps_per_processor(bool may_be_matrix) { return kHeadSize > 128 ? 8 : may_be_matrix ? 16 : 20; }
-constexpr int kMatrixBytes = kHeadSize * kHeadSize * 2;
+constexpr int kBlocks = kHeadSize / 16;  // k tiles of Y
+constexpr int kWarps = 8;                // of a CTA: two warpgroups, which share a matrix
+constexpr int kWarpsPerProcessor = kHeadSize > 128 ? 8 : 16;  // what registers allow
 constexpr int kVectors = kHeadSize / 8;  // 16-byte vectors of a row
+constexpr int kGroupTiles = kHeadSize % 32 == 0 ? 4 : 2;  // n tiles, of 8 channels, that are worked on at a time
+constexpr int kGroupChannels = 8 * kGroupTiles;
+constexpr int kRun = 2 * kGroupTiles;  // consecutive channels of a group that a lane has of a row
 
-// Where the channels of a block of 16 lie in A's k: k = 2 c + e + 8 h is this channel plus e. Keys: as the page deals
-// them, lane c's four bytes. Values: as they come.
-template <bool kIsKey>
-__device__ constexpr int input_channel(int h, int c) {
-    return kIsKey ? 4 * c + 2 * h : 2 * c + 8 * h;
+// T^-1 as B: 8 x 8 core matrices, [n tile][k half tile][row: channel of X][channel of Y]. manthanquant/cuda/prefill.py
+// deals the channels. Keys' k: as the page deals them, lane c's four bytes; values' as they come.
+constexpr int kCoreBytes = 8 * 8 * 2;
+constexpr int kTileBytes = kHeadSize / 8 * kCoreBytes;  // of an n tile
+
+// What belongs to a CTA's head and side.
+struct Shared {
+#if MQ_WGMMA
+    alignas(128) uint8_t matrix[kHeadSize / 8 * kTileBytes];
+#endif
+    alignas(16) float key_mean[kHeadSize];
+};
+
+// All threads of the CTA.
+__device__ __forceinline__ void load_operands(Shared& shared, const uint8_t* matrix, const float* key_mean) {
+    for (int i = threadIdx.x; i < kHeadSize; i += blockDim.x)
+        shared.key_mean[i] = key_mean != nullptr ? __ldg(key_mean + i) : 0.f;
+#if MQ_WGMMA
+    for (int i = threadIdx.x * 16; i < static_cast<int>(sizeof(shared.matrix)); i += blockDim.x * 16)
+        cp_async_16(shared_address(shared.matrix + i), matrix + i);
+    cp_async_commit();
+    cp_async_wait<0>();
+    wgmma_publish();
+#endif
+    __syncthreads();
 }
 
-// The channel, in a block of 16, of column n (0..7) of the block's n tile 0 or 1: lane c, which gets columns 2 c and
-// 2 c + 1 of both, has channels 4 c to 4 c + 3.
-__device__ constexpr int output_channel(int tile, int column) { return 4 * (column / 2) + 2 * tile + column % 2; }
-
-// Sums over one block of output channels: [n tile][C register]. A matrix mixes the classes of channels, whose scales
-// differ, so it has sums for each.
+// Sums over one group of output channels: [n tile][C register]. The matrix mixes the classes of channels, whose scales
+// differ, so there are sums for each.
 template <int kClasses>
-using Sums = float[kClasses][2][4];
+using Sums = float[kClasses][kGroupTiles][4];
 
-// T^-1 is a rotation, then factors and places of channels, which are not applied here. H of order 16 n is
-// H_n (x) H_16: first sums and differences of whole blocks, then one 16 x 16 fragment for all. Levels are small
-// integers (4 bits: halves), and so are their sums: both steps are exact, in fp16 and in the accumulator.
-template <class Side, bool kIsKey>
-struct RotationOperand {
-    static constexpr int classes = 1;  // an output channel sees one class
-    static constexpr int unroll = kBlocks;
-    uint32_t fragments[2][2];  // [n tile][register]
-
-    __device__ RotationOperand(const PrefixSide&, int, int lane) {
-#pragma unroll
-        for (int tile = 0; tile < 2; ++tile) {
-#pragma unroll
-            for (int h = 0; h < 2; ++h)
-                fragments[tile][h] =
-                    rotation_pair<__half>(input_channel<kIsKey>(h, lane % 4), output_channel(tile, lane / 4));
-        }
-    }
-
-    __device__ __forceinline__ void prepare(uint32_t (&y)[kBlocks][4]) const {
-#pragma unroll
-        for (int distance = 1; distance < kBlocks; distance *= 2) {
-#pragma unroll
-            for (int block = 0; block < kBlocks; ++block) {
-                if (!Rotation<Side>::pairs(block, distance)) continue;
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const __half2 a = half2_of(y[block][i]), b = half2_of(y[block + distance][i]);
-                    y[block][i] = bits_of(__hadd2(a, b)), y[block + distance][i] = bits_of(__hsub2(a, b));
-                }
-            }
-        }
-    }
-
-    __device__ __forceinline__ void multiply(Sums<1>& sums, const uint32_t (&y)[kBlocks][4], int out) const {
-#pragma unroll
-        for (int tile = 0; tile < 2; ++tile)
-            mma_16bit<__half>(sums[0][tile], y[out], fragments[tile][0], fragments[tile][1]);
-    }
-};
-
-// Any T^-1, in shared memory in fragment order: [k tile][n tile pair][lane] -> {b0, b1} of the pair's two tiles.
+// Y times the matrix's columns of one group; all warps of the CTA. `matrix`: where it lies in global memory.
 template <class Side>
-struct MatrixOperand {
-    static constexpr int classes = Side::classes;
-    static constexpr int unroll = 1;  // blocks of output: a longer loop does not fit the instruction cache
-    const uint4* fragments;
-
-    // All threads of the CTA: brings the head's matrix into shared memory.
-    __device__ MatrixOperand(const PrefixSide& side, int head, int lane) {
-        extern __shared__ uint4 shared[];
-        const uint4* matrix = reinterpret_cast<const uint4*>(static_cast<const uint8_t*>(side.matrix) +
-                                                             head * side.matrix_head_stride);
-        for (int i = threadIdx.x; i < kBlocks * kBlocks * kLanes; i += blockDim.x)
-            __pipeline_memcpy_async(shared + i, matrix + i, sizeof(uint4));
-        __pipeline_commit();
-        __pipeline_wait_prior(0);
-        __syncthreads();
-        fragments = shared + lane;
-    }
-
-    __device__ __forceinline__ void prepare(uint32_t (&)[kBlocks][4]) const {}
-
-    __device__ __forceinline__ void multiply(Sums<classes>& sums, const uint32_t (&y)[kBlocks][4], int out) const {
+__device__ __forceinline__ void multiply(Sums<Side::classes>& sums, const uint32_t (&y)[kBlocks][4],
+                                         const Shared& shared, const uint8_t* matrix, int group, int lane) {
+    constexpr int kClassBlocks = Side::channels(0) / 16;
+#if MQ_WGMMA
+    const WgmmaOperand tiles =
+        WgmmaOperand(shared_address(shared.matrix), kCoreBytes, kTileBytes).at(group * kGroupTiles * kTileBytes);
+    wgmma_begin(sums);
 #pragma unroll
-        for (int in = 0; in < kBlocks; ++in) {
-            const int cls = Rotation<Side>::class_of(in);
-            const uint4 b = fragments[(in * kBlocks + out) * kLanes];
-            mma_16bit<__half>(sums[cls][0], y[in], b.x, b.y);
-            mma_16bit<__half>(sums[cls][1], y[in], b.z, b.w);
-        }
+    for (int block = 0; block < kBlocks; ++block) {
+        const int cls = block < kClassBlocks ? 0 : 1;
+        const bool first = block == 0 || block == kClassBlocks;
+        wgmma_fp16(sums[cls], y[block], tiles.at(2 * block * kCoreBytes), !first);
     }
-};
+    wgmma_end(sums);
+#else
+    // A lane has row lane / 4 of each core matrix, and a pair of its columns.
+    const uint8_t* const core = matrix + group * kGroupTiles * kTileBytes + 4 * lane;
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
+        const int cls = block < kClassBlocks ? 0 : 1;
+#pragma unroll
+        for (int tile = 0; tile < kGroupTiles; ++tile) {
+            const auto* const pair =
+                reinterpret_cast<const uint32_t*>(core + tile * kTileBytes + 2 * block * kCoreBytes);
+            mma_16bit<__half>(sums[cls][tile], y[block], pair[0], pair[kCoreBytes / 4]);
+        }
+        asm volatile("" ::: "memory");  // or the compiler loads the whole matrix first, and spills
+    }
+#endif
+}
 
 // Two of a register's four elements as levels in fp16; `selector` picks them (PRMT: one byte each, 4 the constant).
 template <int kBits>
@@ -203,6 +179,7 @@ struct Tile {
     int begin, end;
     Element* out;
     const void* from;  // a unit of codes or of exact rows, or the first row of the chunk
+    int more = 0;      // units that follow in the page, all of them codes whose 16 rows are wanted
 };
 
 // A tile, and a lane's share of its codes.
@@ -225,8 +202,9 @@ __device__ __forceinline__ PrefixPiece piece_of(const PrefixParams& p, int tile)
     return p.pieces[first];
 }
 
-__device__ __forceinline__ Tile locate(const PrefixParams& p, const PrefixSide& side, int index, int head) {
-    if (index >= p.tiles) return {Source::kNone, 0, 0, nullptr, nullptr};
+// Tile `index` of those before `end`.
+__device__ __forceinline__ Tile locate(const PrefixParams& p, const PrefixSide& side, int index, int end, int head) {
+    if (index >= end) return {Source::kNone, 0, 0, nullptr, nullptr};
     const PrefixPiece piece = piece_of(p, index);
     Element* const out = static_cast<Element*>(side.out) + head * p.out_head_stride;
     const int first_unit = piece.first / kUnitTokens;
@@ -245,9 +223,12 @@ __device__ __forceinline__ Tile locate(const PrefixParams& p, const PrefixSide& 
               out + row * p.out_token_stride, nullptr};
     const int64_t page = __ldg(p.block_table + piece.request * p.table_stride + unit / p.page_units);
     const int in_page = unit % p.page_units;
+    int more = min(piece.last / kUnitTokens - unit, p.page_units - in_page) - 1;
     if (p.hot_slot != nullptr) {
-        const bool recent = p.recent_tokens > 0 && unit >= max(0, piece.length - p.recent_tokens) / kUnitTokens;
-        const int slot = recent || unit < p.sink_units ? __ldg(p.hot_slot + page * p.page_units + in_page) : -1;
+        const int recent = p.recent_tokens > 0 ? max(0, piece.length - p.recent_tokens) / kUnitTokens : INT_MAX;
+        const bool may_be_exact = unit < p.sink_units || unit >= recent;
+        more = may_be_exact ? 0 : min(more, recent - unit - 1);
+        const int slot = may_be_exact ? __ldg(p.hot_slot + page * p.page_units + in_page) : -1;
         if (slot >= 0) {
             tile.source = Source::kExact;
             tile.from = static_cast<const __nv_bfloat16*>(side.hot_pool) +
@@ -255,18 +236,25 @@ __device__ __forceinline__ Tile locate(const PrefixParams& p, const PrefixSide& 
             return tile;
         }
     }
+    tile.more = more;
     tile.from =
         p.cache + page * p.page_stride + head * p.head_stride + static_cast<int64_t>(in_page) * CacheUnit::bytes;
     return tile;
 }
 
+// Tile `index`, given the one before it.
+__device__ __forceinline__ Tile following(const PrefixParams& p, const PrefixSide& side, const Tile& before, int index,
+                                          int end, int head) {
+    if (before.more <= 0 || index >= end) return locate(p, side, index, end, head);
+    return {Source::kCodes, 0, kUnitTokens, before.out + kUnitTokens * p.out_token_stride,
+            static_cast<const uint8_t*>(before.from) + CacheUnit::bytes, before.more - 1};
+}
+
 template <class Side, bool kIsKey>
-__device__ __forceinline__ Fetched<Side> fetch(const PrefixParams& p, const PrefixSide& side, int index, int head,
-                                               int lane) {
-    Fetched<Side> fetched;
-    fetched.tile = locate(p, side, index, head);
-    if (fetched.tile.source == Source::kCodes) {
-        const auto* const unit = static_cast<const uint8_t*>(fetched.tile.from);
+__device__ __forceinline__ Fetched<Side> fetch(const Tile& tile, int lane) {
+    Fetched<Side> fetched{tile};
+    if (tile.source == Source::kCodes) {
+        const auto* const unit = static_cast<const uint8_t*>(tile.from);
         load_words(fetched.words, unit + (kIsKey ? 0 : CacheUnit::value_offset), lane);
         fetched.scales = *reinterpret_cast<const uint32_t*>(unit + CacheUnit::scale_offset +
                                                             scale_place(kIsKey ? 0 : 1, lane / 4));
@@ -295,111 +283,93 @@ __device__ __forceinline__ void copy_rows(const PrefixParams& p, const Tile& til
     }
 }
 
-// Where rows wait that are written in another order of channels: [warp][16][kStageRow] elements. The pitch of a row
-// puts eight rows' elements of one channel into different banks.
-constexpr int kStageRow = kHeadSize + 8;
-constexpr int kStageBytes = kUnitTokens * kStageRow * 2;
-
-// Codes of a unit to rows. `stage`: of this warp; null where channels are in order.
-template <class Side, bool kIsKey, class Operand>
-__device__ __forceinline__ void dequantise(const PrefixParams& p, const PrefixSide& side, const Operand& operand,
-                                           const Decoder& decoder, const Fetched<Side>& unit, Element* stage, int head,
-                                           int lane) {
+// Codes of a unit to rows.
+template <class Side, bool kIsKey>
+__device__ __forceinline__ void dequantise(const PrefixParams& p, const Shared& shared, const uint8_t* matrix,
+                                           float factor, const Decoder& decoder, const Fetched<Side>& unit, int lane) {
     const int g = lane / 4, c = lane % 4;
     const Tile& tile = unit.tile;
     uint32_t y[kBlocks][4];
     decode_class<Side, kIsKey, 0>(y, unit.words, decoder);
     if constexpr (Side::classes == 2) decode_class<Side, kIsKey, 1>(y, unit.words, decoder);
-    operand.prepare(y);
     float scale[Side::classes][2];  // of rows g and g + 8
 #pragma unroll
     for (int cls = 0; cls < Side::classes; ++cls) {
         const float2 both = __half22float2(class_scales<Side>(unit.scales, cls));
-        scale[cls][0] = both.x * scale_unit<Side>(cls), scale[cls][1] = both.y * scale_unit<Side>(cls);
+        const float common = factor * scale_unit<Side>(cls);
+        scale[cls][0] = both.x * common, scale[cls][1] = both.y * common;
     }
-    const auto* const factor = reinterpret_cast<const float4*>(side.factor + head * side.factor_head_stride) + c;
-    const auto* const mean = reinterpret_cast<const float4*>(side.mean + head * kHeadSize) + c;
-    const auto* const order = reinterpret_cast<const int4*>(side.order + head * kHeadSize) + c;
-    Element* const lines[2] = {tile.out + g * p.out_token_stride + 4 * c,
-                               tile.out + (g + 8) * p.out_token_stride + 4 * c};
-    const bool writes[2] = {g >= tile.begin && g < tile.end, g + 8 >= tile.begin && g + 8 < tile.end};
-#pragma unroll Operand::unroll
-    for (int out = 0; out < kBlocks; ++out) {
-        Sums<Operand::classes> sums = {};
-        operand.multiply(sums, y, out);
-        const float4 f = __ldg(factor + 4 * out);
-        const float4 m = side.mean != nullptr ? __ldg(mean + 4 * out) : make_float4(0.f, 0.f, 0.f, 0.f);
-        const int cls = Operand::classes == Side::classes ? 0 : Rotation<Side>::class_of(out);  // of sums[0]
+    Element* const lines[2] = {tile.out + g * p.out_token_stride + kRun * c,
+                               tile.out + (g + 8) * p.out_token_stride + kRun * c};
+    const bool is_codes = tile.source == Source::kCodes;
+    const bool writes[2] = {is_codes && g >= tile.begin && g < tile.end,
+                            is_codes && g + 8 >= tile.begin && g + 8 < tile.end};
+#pragma unroll 4
+    for (int group = 0; group < kHeadSize / kGroupChannels; ++group) {
+        Sums<Side::classes> sums = {};
+        multiply<Side>(sums, y, shared, matrix, group, lane);
+        float mean[kRun] = {};
 #pragma unroll
-        for (int row = 0; row < 2; ++row) {
-            float x[4];
+        for (int i = 0; kIsKey && i < kRun; i += 4)
+            *reinterpret_cast<float4*>(mean + i) =
+                *reinterpret_cast<const float4*>(shared.key_mean + group * kGroupChannels + kRun * c + i);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int n_tile = i / 2, e = 2 * row + i % 2;
-                x[i] = sums[0][n_tile][e] * scale[cls][row];
-                if constexpr (Operand::classes == 2) x[i] = fmaf(sums[1][n_tile][e], scale[1][row], x[i]);
+        for (int half = 0; half < 2; ++half) {
+            uint32_t run[kGroupTiles];
+#pragma unroll
+            for (int n = 0; n < kGroupTiles; ++n) {
+                float x[2];
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    x[i] = mean[2 * n + i];
+#pragma unroll
+                    for (int cls = 0; cls < Side::classes; ++cls)
+                        x[i] = fmaf(sums[cls][n][2 * half + i], scale[cls][half], x[i]);
+                }
+                run[n] = pack(x[0], x[1]);
             }
-            const uint2 four = make_uint2(pack(fmaf(x[0], f.x, m.x), fmaf(x[1], f.y, m.y)),
-                                          pack(fmaf(x[2], f.z, m.z), fmaf(x[3], f.w, m.w)));
-            if (stage == nullptr) {
-                if (writes[row]) *reinterpret_cast<uint2*>(lines[row] + 16 * out) = four;
-            } else {
-                const int4 channel = __ldg(order + 4 * out);
-                auto* const line = reinterpret_cast<uint16_t*>(stage) + (g + 8 * row) * kStageRow;
-                line[channel.x] = static_cast<uint16_t>(four.x), line[channel.y] = static_cast<uint16_t>(four.x >> 16);
-                line[channel.z] = static_cast<uint16_t>(four.y), line[channel.w] = static_cast<uint16_t>(four.y >> 16);
-            }
+            using Run = std::conditional_t<kGroupTiles == 4, uint4, uint2>;
+            if (writes[half])
+                *reinterpret_cast<Run*>(lines[half] + group * kGroupChannels) = *reinterpret_cast<const Run*>(run);
         }
-    }
-    if (stage != nullptr) {
-        __syncwarp();
-        copy_rows(p, tile, stage, kStageRow, lane);
-        __syncwarp();
     }
 }
 
-template <class Side, bool kIsKey, class Operand>
-__device__ __forceinline__ void read_side(const PrefixParams& p) {
+template <class Side, bool kIsKey>
+__device__ __forceinline__ void read_side(const PrefixParams& p, Shared& shared) {
     const PrefixSide& side = p.sides[kIsKey ? 0 : 1];
     const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, head = blockIdx.y;
-    const int step = gridDim.x * (blockDim.x / kLanes);
-    int index = blockIdx.x * (blockDim.x / kLanes) + warp;
-    extern __shared__ uint4 shared[];
-    Element* const stage =
-        side.order != nullptr ? reinterpret_cast<Element*>(shared) + warp * kUnitTokens * kStageRow : nullptr;
-    Fetched<Side> next = fetch<Side, kIsKey>(p, side, index, head, lane);
+    const uint8_t* const matrix = static_cast<const uint8_t*>(side.matrix) + head * side.matrix_head_stride;
+    const float factor = __ldg(side.factor + head * side.factor_head_stride);
+    // Neighbouring tiles go to one warp. All warps take as many, as they multiply together.
+    const int warps = gridDim.x * kWarps, count = (p.tiles + warps - 1) / warps;
+    int index = (blockIdx.x * kWarps + warp) * count;
+    const int end = min(index + count, p.tiles);
+    Fetched<Side> next = fetch<Side, kIsKey>(locate(p, side, index, end, head), lane);
+    load_operands(shared, matrix, kIsKey && p.key_mean != nullptr ? p.key_mean + head * kHeadSize : nullptr);
     const Decoder decoder(p.negative_zero);
-    const Operand operand(side, head, lane);
-    for (; index < p.tiles; index += step) {
+    for (int i = 0; i < count; ++i) {
         const Fetched<Side> now = next;
-        next = fetch<Side, kIsKey>(p, side, index + step, head, lane);  // on its way meanwhile
+        ++index;
+        next = fetch<Side, kIsKey>(following(p, side, now.tile, index, end, head), lane);  // on its way meanwhile
+        dequantise<Side, kIsKey>(p, shared, matrix, factor, decoder, now, lane);
         const Tile& tile = now.tile;
-        if (tile.source == Source::kCodes)
-            dequantise<Side, kIsKey>(p, side, operand, decoder, now, stage, head, lane);
-        else if (tile.source == Source::kExact)
+        if (tile.source == Source::kExact)
             copy_rows(p, tile, static_cast<const __nv_bfloat16*>(tile.from), kHeadSize, lane);
-        else
+        else if (tile.source == Source::kChunk)
             copy_rows(p, tile, static_cast<const Element*>(tile.from), side.chunk_token_stride, lane);
     }
 }
 
 // Grid: x shares out tiles, y is the KV head, z the side.
-template <int kMostWarps, bool kMayBeMatrix>
-__global__ void __launch_bounds__(kMostWarps* kLanes, warps_per_processor(kMayBeMatrix) / kMostWarps)
+__global__ void __launch_bounds__(kWarps* kLanes, kWarpsPerProcessor / kWarps)
     prefix_kernel(const __grid_constant__ PrefixParams p) {
-    using Key = CacheUnit::Key;
-    using Value = CacheUnit::Value;
-    if (blockIdx.z == 0) {
-        if (kMayBeMatrix && p.sides[0].matrix != nullptr)
-            read_side<Key, true, MatrixOperand<Key>>(p);
-        else
-            read_side<Key, true, RotationOperand<Key, true>>(p);
-    } else {
-        if (kMayBeMatrix && p.sides[1].matrix != nullptr)
-            read_side<Value, false, MatrixOperand<Value>>(p);
-        else
-            read_side<Value, false, RotationOperand<Value, false>>(p);
-    }
+    extern __shared__ __align__(128) uint8_t bytes[];
+    Shared& shared = *reinterpret_cast<Shared*>(bytes);
+    if (blockIdx.z == 0)
+        read_side<CacheUnit::Key, true>(p, shared);
+    else
+        read_side<CacheUnit::Value, false>(p, shared);
 }
 
 // out += w (partial - out), with w the partial's share of the whole sum of exponentials.
@@ -435,33 +405,25 @@ __global__ void merge_kernel(const __grid_constant__ MergeParams p) {
     *place = eight;
 }
 
-// As many CTAs as run at once: a warp has several tiles, and a CTA that holds a matrix keeps it for them.
-template <int kMostWarps, bool kMayBeMatrix>
-cudaError_t launch(const PrefixParams& p, cudaStream_t stream) {
-    const auto kernel = prefix_kernel<kMostWarps, kMayBeMatrix>;
-    const bool any_order = p.sides[0].order != nullptr || p.sides[1].order != nullptr;
-    const int bytes = std::max(kMayBeMatrix ? kMatrixBytes : 0, any_order ? kMostWarps * kStageBytes : 0);
+}  // namespace
+
+// As many CTAs as run at once: a warp has several tiles, and a CTA keeps its matrix for them.
+cudaError_t launch_read_prefix(const PrefixParams& p, cudaStream_t stream) {
+    if (p.tiles == 0) return cudaSuccess;
+    constexpr int kThreads = kWarps * kLanes;
     int device = 0, processors = 0, resident = 0;
     cudaError_t status = cudaGetDevice(&device);
     if (status == cudaSuccess)
         status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
     if (status == cudaSuccess)
-        status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+        status = cudaFuncSetAttribute(prefix_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
     if (status == cudaSuccess)
-        status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kMostWarps * kLanes, bytes);
+        status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, prefix_kernel, kThreads, sizeof(Shared));
     if (status != cudaSuccess) return status;
     const int most = std::max(processors * resident / (2 * p.kv_heads), 1);
-    const dim3 grid(std::min((p.tiles + kMostWarps - 1) / kMostWarps, most), p.kv_heads, 2);
-    kernel<<<grid, kMostWarps * kLanes, bytes, stream>>>(p);
+    const dim3 grid(std::min((p.tiles + kWarps - 1) / kWarps, most), p.kv_heads, 2);
+    prefix_kernel<<<grid, kThreads, sizeof(Shared), stream>>>(p);
     return cudaGetLastError();
-}
-
-}  // namespace
-
-cudaError_t launch_read_prefix(const PrefixParams& p, cudaStream_t stream) {
-    if (p.tiles == 0) return cudaSuccess;
-    const bool any_matrix = p.sides[0].matrix != nullptr || p.sides[1].matrix != nullptr;
-    return any_matrix ? launch<kMatrixWarps, true>(p, stream) : launch<kWarps, false>(p, stream);
 }
 
 cudaError_t launch_merge(const MergeParams& p, cudaStream_t stream) {

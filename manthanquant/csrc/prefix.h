@@ -24,12 +24,10 @@ struct alignas(16) PrefixPiece {
 // of 16 bytes.
 struct PrefixSide {
     void* out;                      // [kv heads, rows, head size], bf16 or fp16 (MQ_PREFIX_ELEMENT)
-    const void* matrix;             // B fragments of T^-1 in fp16, see MatrixOperand; null: T is a rotation
+    const void* matrix;             // T^-1 in fp16, see prefix.cu
     int64_t matrix_head_stride;     // in bytes; 0 where all heads share one
-    const float* factor;            // [kv heads or 1, head size]: times the product, by channel
+    const float* factor;            // [kv heads or 1]: times the product
     int64_t factor_head_stride;     // 0 where all heads share one
-    const float* mean;              // [kv heads, head size], added; null for none
-    const int* order;               // [kv heads, head size]: the channel that the product's i-th is; null: the i-th
     const void* chunk;              // [tokens, kv heads, head size], like `out`
     int64_t chunk_token_stride;
     int64_t chunk_head_stride;
@@ -37,7 +35,8 @@ struct PrefixSide {
 };
 
 struct PrefixParams {
-    PrefixSide sides[2];  // keys, values
+    PrefixSide sides[2];    // keys, values
+    const float* key_mean;  // [kv heads, head size], added; null for none
     int64_t out_token_stride;
     int64_t out_head_stride;
     const PrefixPiece* pieces;

@@ -19,17 +19,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from manthanquant.cuda.fragments import b_fragments
-from manthanquant.cuda.module import address, module_for, require_shared_memory, stream_of, traceable
+from manthanquant.cuda.fragments import core_matrices
+from manthanquant.cuda.module import address, module_for, stream_of, traceable
 from manthanquant.cuda.prefill_plan import Call, plan_calls
-from manthanquant.formats import SIDES, UNIT_TOKENS, Format, Side, get_paged
+from manthanquant.formats import UNIT_TOKENS, Format, Side, get_paged
 from manthanquant.jit.kernels import prefix_extension
 from manthanquant.packing import pages_as_units
 from manthanquant.reference import HotPool
-from manthanquant.transform import LayerTransform, SideTransform, rotation_factor
+from manthanquant.transform import LayerTransform, SideTransform
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 WORKSPACE_TOKENS = 32768
+LARGEST_ELEMENT = 2.0**14  # of a matrix in fp16
 PIECE_NUMBERS = 8  # csrc/prefix.h, PrefixPiece
 _NEGATIVE_ZERO = 0x80008000  # csrc/ptx.cuh, high_half
 
@@ -73,57 +74,49 @@ class DenseAttention(Protocol):
 
 @dataclass(frozen=True)
 class PrefixOperand:
-    """One side's inverse transform as the kernel takes it: `(levels M^T) * factor + mean`, in another order.
+    """One side's inverse transform as the kernel takes it: `(levels M^T) * factor`.
 
     Attributes:
-        factor: fp32 `[KV heads or 1, D]`, by element of the product.
-        mean: fp32 `[KV heads, D]`, alike; None for none.
-        matrix: M, fp16 `[KV heads or 1, D / 16, D / 16, 32, 8]`: T^-1, its rows scaled to at most 1; None: Hadamard.
-        order: int32 `[KV heads, D]`, the channel that each element of the product is; None: the same.
+        matrix: M, fp16 `[KV heads or 1, D / 8, D / 8, 8, 8]`: T^-1 over the factor, as `core_matrices`.
+        factor: fp32 `[KV heads or 1]`.
     """
 
+    matrix: Tensor
     factor: Tensor
-    mean: Tensor | None
-    matrix: Tensor | None = None
-    order: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class PrefixTransform:
-    """A layer's inverse transforms on the GPU. Make it once, with `prefix_transform`."""
+    """A layer's inverse transforms on the GPU, and the key mean, fp32 `[KV heads, D]`. `prefix_transform` makes it."""
 
     fmt: Format
     head_size: int
     key: PrefixOperand
     value: PrefixOperand
+    key_mean: Tensor | None
 
 
 def prefix_transform(transform: LayerTransform, fmt: Format, head_size: int, device: torch.device) -> PrefixTransform:
-    """A layer's transform in the form the kernel uses. Raises `ValueError` where the GPU cannot hold its matrix."""
-    sides = (_operand(s, fmt, name, head_size, device) for s, name in zip((transform.key, transform.value), SIDES))
-    prepared = PrefixTransform(fmt, head_size, *sides)
-    needs = max(0 if side.matrix is None else 2 * head_size**2 for side in (prepared.key, prepared.value))
-    require_shared_memory(needs, transform.key.kind, head_size, device)
-    return prepared
+    """A layer's transform in the form the kernel uses. Raises `ValueError` for a value mean."""
+    if transform.value.mean is not None:
+        raise ValueError("a value mean is not supported by the GPU prefill: take it off keys only")
+    mean = transform.key.mean
+    return PrefixTransform(
+        fmt,
+        head_size,
+        _operand(transform.key, "key", device),
+        _operand(transform.value, "value", device),
+        None if mean is None else mean.to(device, torch.float32).contiguous(),
+    )
 
 
-def _operand(side: SideTransform, fmt: Format, name: Side, head_size: int, device: torch.device) -> PrefixOperand:
-    mean = None if side.mean is None else side.mean.cpu().float()
-    if side.kind in ("hadamard", "gain"):
-        factor, order = rotation_factor(fmt, name, head_size)[None], None
-        if side.gain is not None and side.order is not None:
-            order = side.order.cpu()
-            factor, mean = factor / side.gain.cpu(), None if mean is None else mean.gather(1, order)
-        return PrefixOperand(factor.to(device).contiguous(), _on(device, mean), None, _on(device, order, torch.int32))
-    # Rows by their own scale, so that fp16 rounds each element to 11 bits, and none overflows.
+def _operand(side: SideTransform, name: Side, device: torch.device) -> PrefixOperand:
+    # Scaled so that no element overflows and those 2^28 times smaller still have fp16's 11 bits. A Hadamard rotation is
+    # exact where all its blocks are of one order, as all its elements are equally large then.
     inverse = side.inverse.double().cpu()
-    factor = inverse.abs().amax(-1)
-    matrix = b_fragments(inverse / factor[..., None], torch.float16, grouped_in=name == "key", grouped_out=True)
-    return PrefixOperand(factor.float().to(device), _on(device, mean), matrix.to(device))
-
-
-def _on(device: torch.device, x: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor | None:
-    return None if x is None else x.to(device, dtype).contiguous()
+    factor = inverse.abs().amax((1, 2)) / LARGEST_ELEMENT
+    matrix = core_matrices(inverse / factor[:, None, None], torch.float16, grouped_in=name == "key")
+    return PrefixOperand(matrix.to(device), factor.float().to(device))
 
 
 @dataclass(frozen=True)
@@ -189,10 +182,9 @@ def read_prefix(
         cache,
         block_table,
         transform.fmt.name,
-        [key.factor, value.factor],
-        [key.mean, value.mean],
         [key.matrix, value.matrix],
-        [key.order, value.order],
+        [key.factor, value.factor],
+        transform.key_mean,
         chunk_key,
         chunk_value,
         hot.key if hot else None,
@@ -211,10 +203,9 @@ def _launch_read_prefix(
     cache: Tensor,
     block_table: Tensor,
     fmt_name: str,
+    matrices: list[Tensor],
     factors: list[Tensor],
-    means: list[Tensor | None],
-    matrices: list[Tensor | None],
-    orders: list[Tensor | None],
+    key_mean: Tensor | None,
     chunk_key: Tensor,
     chunk_value: Tensor,
     hot_key: Tensor | None,
@@ -252,19 +243,17 @@ def _launch_read_prefix(
     sides = [
         (
             out.data_ptr(),
-            address(matrix),
-            0 if matrix is None or matrix.shape[0] == 1 else matrix.stride(0) * matrix.element_size(),
+            matrix.data_ptr(),
+            0 if matrix.shape[0] == 1 else matrix.stride(0) * matrix.element_size(),
             factor.data_ptr(),
             0 if factor.shape[0] == 1 else factor.stride(0),
-            address(mean),
-            address(order),
             chunk.data_ptr(),
             chunk.stride(0),
             chunk.stride(1),
             address(pool),
         )
-        for out, factor, mean, matrix, order, chunk, pool in zip(
-            (key_out, value_out), factors, means, matrices, orders, chunks, (hot_key, hot_value)
+        for out, matrix, factor, chunk, pool in zip(
+            (key_out, value_out), matrices, factors, chunks, (hot_key, hot_value)
         )
     ]
     with torch.cuda.device(cache.device):
@@ -272,6 +261,7 @@ def _launch_read_prefix(
         module.read_prefix(
             stream_of(cache.device),
             *sides,
+            address(key_mean),
             key_out.stride(0),
             key_out.stride(1),
             pieces.data_ptr(),

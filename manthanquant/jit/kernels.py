@@ -30,20 +30,20 @@ def cpu_extension(fmt: Format, head_size: int) -> Extension:
 
 
 @cache
-def store_extension(fmt: Format, head_size: int, dtype: str, *, wgmma: bool | None = None) -> Extension:
+def store_extension(fmt: Format, head_size: int, dtype: str, *, stmatrix: bool | None = None) -> Extension:
     """The CUDA store, for one format, head size and dtype of keys and values (`bfloat16` or `float16`).
 
-    `wgmma` False forces the path for GPUs without that instruction; None lets the architecture choose.
+    `stmatrix` False forces the path for GPUs without that instruction; None lets the architecture choose.
     """
     check_head_size(head_size)
-    path = "" if wgmma is None else f"_wgmma{wgmma:d}"
+    path = "" if stmatrix is None else f"_stmatrix{stmatrix:d}"
     return _cuda_extension(
         f"manthanquant_store_{fmt.name}_d{head_size}_{dtype}{path}",
         "store",
         f"-DMQ_FORMAT={fmt.name.upper()}",
         f"-DMQ_HEAD_SIZE={head_size}",
         f"-DMQ_STORE_ELEMENT={_CUDA_TYPES[dtype]}",
-        *(() if wgmma is None else (f"-DMQ_WGMMA={wgmma:d}",)),
+        *(() if stmatrix is None else (f"-DMQ_STMATRIX={stmatrix:d}",)),
     )
 
 
@@ -69,15 +69,20 @@ def decode_extension(
 
 
 @cache
-def prefix_extension(fmt: Format, head_size: int, dtype: str) -> Extension:
-    """What prefill needs of the cache, for one format, head size and dtype of what is read back (as for the store)."""
+def prefix_extension(fmt: Format, head_size: int, dtype: str, *, wgmma: bool | None = None) -> Extension:
+    """What prefill needs of the cache, for one format, head size and dtype of what is read back (as for the store).
+
+    `wgmma` False forces the path for GPUs without that instruction; None lets the architecture choose.
+    """
     check_head_size(head_size)
+    path = "" if wgmma is None else f"_wgmma{wgmma:d}"
     return _cuda_extension(
-        f"manthanquant_prefix_{fmt.name}_d{head_size}_{dtype}",
+        f"manthanquant_prefix_{fmt.name}_d{head_size}_{dtype}{path}",
         "prefix",
         f"-DMQ_FORMAT={fmt.name.upper()}",
         f"-DMQ_HEAD_SIZE={head_size}",
         f"-DMQ_PREFIX_ELEMENT={_CUDA_TYPES[dtype]}",
+        *(() if wgmma is None else (f"-DMQ_WGMMA={wgmma:d}",)),
     )
 
 
@@ -95,7 +100,8 @@ def cuda_extensions(fmt: Format, head_size: int, dtype: str) -> tuple[Extension,
 
 def _cuda_extension(name: str, stem: str, *flags: str) -> Extension:
     """`stem.cu` with its binding `stem_bindings.cpp`; all headers of `stem` and the shared ones go into the key."""
-    shared = tuple(CSRC / name for name in ("layout.h", "bindings.h", "ptx.cuh", "rotation.cuh", "decode_codes.cuh"))
+    names = ("layout.h", "bindings.h", "ptx.cuh", "wgmma.cuh", "rotation.cuh", "decode_codes.cuh")
+    shared = tuple(CSRC / name for name in names)
     return Extension(
         name,
         sources=(CSRC / f"{stem}.cu", CSRC / f"{stem}_bindings.cpp"),
