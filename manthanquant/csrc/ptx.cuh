@@ -7,10 +7,6 @@
 #include <cstdint>
 #include <type_traits>
 
-#ifndef MQ_STMATRIX  // 0 forces what serves architectures before sm_90
-#define MQ_STMATRIX (__CUDA_ARCH__ >= 900)
-#endif
-
 namespace mq {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
@@ -30,6 +26,12 @@ __device__ __forceinline__ uint32_t prmt(uint32_t low, uint32_t high, uint32_t s
 __device__ __forceinline__ float exp2_approx(float x) {
     float result;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+
+__device__ __forceinline__ float sqrt_approx(float x) {
+    float result;
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
     return result;
 }
 
@@ -140,22 +142,6 @@ __device__ __forceinline__ uint32_t transpose_8x8(uint32_t row_pair) {
     return result;
 }
 
-// The reverse of load_matrices_transposed.
-__device__ __forceinline__ void store_matrices_transposed(uint32_t row, const uint32_t (&fragments)[4]) {
-#if MQ_STMATRIX
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row), "r"(fragments[0]),
-                 "r"(fragments[1]), "r"(fragments[2]), "r"(fragments[3])
-                 : "memory");
-#else
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int m = 0; m < 4; ++m) {
-        const uint32_t address = __shfl_sync(kFullWarp, row, 8 * m + lane / 4) + 4 * (lane % 4);
-        asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(transpose_8x8(fragments[m])) : "memory");
-    }
-#endif
-}
-
 // -- barriers ------------------------------------------------------------------------------------------------------
 
 // A barrier among `kThreads` threads of the CTA that share `id` (1 to 15; 0 is __syncthreads).
@@ -186,6 +172,11 @@ __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commi
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Asks for a line of global memory to be brought into L2.
+__device__ __forceinline__ void prefetch_l2(const void* global) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
 }
 
 // From sm_90 on: bulk copies, and the barriers that count their bytes.

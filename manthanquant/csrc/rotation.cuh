@@ -34,6 +34,11 @@ struct Rotation {
     }
     MQ_HOST_DEVICE static constexpr int class_of(int block) { return 16 * block < Side::channels(0) ? 0 : 1; }
 
+    // The first block of the matrix that mixes a block.
+    MQ_HOST_DEVICE static constexpr int first_of_matrix(int block) {
+        return block - place(block) % order_blocks(class_of(block));
+    }
+
     MQ_HOST_DEVICE static constexpr bool mixes(int in, int out) {
         const int cls = class_of(in);
         return cls == class_of(out) && place(in) / order_blocks(cls) == place(out) / order_blocks(cls);

@@ -3,15 +3,16 @@
 // A warp takes 16 tokens of one KV head and one side through all of it, in registers:
 //
 //   1. X, 16 tokens x head size, comes by asynchronous copies into shared memory, asked for one tile ahead.
-//   2. Y = X T^T on the tensor cores, all of it in accumulators. A rotation, with gains or without, is a small product
-//      and then sums and differences of accumulators; its order of channels costs a pass through shared memory. A
-//      dense transform is a matrix in shared memory.
+//   2. Y = X T^T on the tensor cores, a group of channels at a time, sums in fp32, results in fp16. T is a matrix in
+//      shared memory, whatever it stands for: gains, an order of channels, anything. Where tokens are many, the four
+//      warps of a warpgroup multiply together (sm_90a). A Hadamard rotation needs less: a small product, then sums and
+//      differences.
 //   3. Norms by two shuffles among the four lanes of a token; then codes and EDEN scales, two elements an instruction.
-//   4. Pack and write. The columns of T are dealt to fragments so that a lane ends up with exactly the channels that
-//      the page wants it to own: keys need no exchange at all, values one 8 x 8 transposition of codes.
+//   4. Pack and write. The rows of T are dealt to fragments so that a lane ends up with exactly the channels that the
+//      page wants it to own: keys need no exchange at all, values one 8 x 8 transposition of codes.
 //
-// A tile is about 1,000 instructions a lane, and issuing them is what takes the time: unrolled, none is spent on
-// addresses and loops. The grid is no larger than what runs at once.
+// A tile is 750 (warpgroups) to 900 instructions a lane, and issuing them takes as long as memory does: unrolled, few
+// are spent on addresses and loops. The grid is no larger than what runs at once.
 //
 // Which 16 tokens? A window is 16 consecutive entries of slot_mapping, or 8 where tokens are few. Tokens that fill a
 // whole unit, in order (the engine's order inside a prefill chunk), are taken unit by unit by the window where the unit
@@ -36,6 +37,7 @@
 #include "store.h"
 #include "store_pack.cuh"
 #include "store_quantize.cuh"
+#include "store_wgmma.cuh"
 
 namespace mq {
 namespace {
@@ -46,46 +48,46 @@ using CacheUnit = Unit<MQ_FORMAT, MQ_HEAD_SIZE>;
 constexpr int kHeadSize = MQ_HEAD_SIZE;
 constexpr int kBlocks = kHeadSize / 16;  // blocks of 16 channels: k tiles of X, pairs of n tiles of Y
 constexpr int kRows = 16;                // of a tile
+constexpr int kElementBytes = 2;
 
-constexpr int kWarps = 4;                                     // of a CTA
-constexpr int kMatrixWarps = kHeadSize > 128 ? 4 : 8;         // share a matrix in shared memory, if they fit
+constexpr int kRotationWarps = 4;                             // of a CTA, at most
+constexpr int kMatrixWarps = 8;                               // they share a matrix
 constexpr int kWarpsPerProcessor = kHeadSize > 128 ? 8 : 16;  // what registers allow
 constexpr int kLeastWindow = 8;                               // tokens a warp looks at, where tokens are few
+constexpr int kManyTiles = 6;                                 // a processor: then warpgroups are worth their while
 
-// Shared memory: the operand's fragments, each warp's next X, a counter.
-constexpr int kMatrixBytes = kHeadSize * kHeadSize * 2;
-constexpr int kRotationBytes = kHeadSize * 16 * 2;
-constexpr int kRowPitch = kHeadSize * 2 + 16;  // an odd number of 16 bytes: eight rows' reads meet no bank twice
+// Shared memory: T, each warp's next X.
+constexpr int kRowBytes = kHeadSize * kElementBytes;
+constexpr int kRowPitch = kRowBytes + 16;  // odd times 16 bytes: eight rows' reads meet no bank twice
 constexpr int kWarpBytes = kRows * kRowPitch;
-constexpr int kCounterBytes = 16;
 
-// The channel, in a block of 16, of column n (0..7) of the block's n tile 0 or 1. Keys: the lane that holds columns
-// 2 c and 2 c + 1 of both tiles gets channels 4 c to 4 c + 3. Values: as they come.
-template <bool kIsKey>
-__device__ constexpr int output_channel(int tile, int column) {
-    return kIsKey ? 4 * (column / 2) + 2 * (column % 2) + tile : 8 * tile + column;
-}
+// Y is made, and rounded to fp16, so many blocks of channels at a time.
+constexpr int kGroup = 4;
+using GroupOfY = float[2 * kGroup][4];        // C fragments, two n tiles a block
+using XFragments = uint32_t[kBlocks + 1][4];  // A fragments, a block each: X, and what MatrixOperand has behind it
 
 // 16 rows of X on their way to a warp, in shared memory.
 class Inbox {
 public:
-    __device__ __forceinline__ Inbox(uint8_t* shared, int lane) : rows_(shared_address(shared)), lane_(lane) {}
+    __device__ __forceinline__ Inbox(uint8_t* shared, const StoreSide& side, int tokens, int head, int lane)
+        : rows_(shared_address(shared)), lane_(lane), last_(tokens - 1), stride_(side.token_stride * kElementBytes) {
+        // Four lanes a row: whole sectors of 32 bytes, and two addresses a lane for all of it.
+        input_ = static_cast<const uint8_t*>(side.input) +
+                 head * static_cast<int64_t>(side.head_stride) * kElementBytes + lane % 4 * 16;
+    }
 
     // Asks for the rows of tokens `first` to `first` + 15. Past the last token it is read again, which costs nothing;
     // such rows have no slot.
-    __device__ __forceinline__ void request(const StoreSide& side, const StoreParams& p, int first, int head) const {
+    __device__ __forceinline__ void request(int first) const {
         __syncwarp();  // every lane has read what was here
-        // Four lanes a row: whole sectors of 32 bytes, and two addresses a lane for all of it.
         const int g = lane_ / 4, c = lane_ % 4;
-        const auto* input = static_cast<const Element*>(side.input) + head * side.head_stride + 8 * c;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int64_t token = min(first + g + 8 * half, p.tokens - 1);
-            const auto* row = input + token * side.token_stride;
+            const uint8_t* row = input_ + static_cast<int64_t>(min(first + g + 8 * half, last_)) * stride_;
             const uint32_t target = rows_ + (g + 8 * half) * kRowPitch + 16 * c;
 #pragma unroll
-            for (int i = 0; i < kHeadSize; i += 32)
-                if (i + 32 <= kHeadSize || i + 8 * c < kHeadSize) cp_async_16(target + 2 * i, row + i);
+            for (int i = 0; i < kRowBytes; i += 64)
+                if (i + 64 <= kRowBytes || i + 16 * c < kRowBytes) cp_async_16(target + i, row + i);
         }
         cp_async_commit();
     }
@@ -95,22 +97,23 @@ public:
         __syncwarp();
     }
 
-    // A fragments, a block of 16 channels each.
-    __device__ __forceinline__ void load(uint32_t (&a)[4], int block) const {
-        load_matrices(a, rows_ + lane_ % 16 * kRowPitch + lane_ / 16 * 16 + block * 32);
+    // Brings the rows into L2, where whoever still writes them does so too: before the previous kernel has ended.
+    __device__ __forceinline__ void prefetch(int first) const {
+        constexpr int kLine = 128, kLines = (kRowBytes + kLine - 1) / kLine;  // of a row
+        for (int i = lane_; i < kRows * kLines; i += kLanes) {
+            const int64_t token = min(first + i / kLines, last_);
+            prefetch_l2(input_ - lane_ % 4 * 16 + token * stride_ + i % kLines * kLine);
+        }
     }
 
-    // The same with channels in another order. Channels become rows of shared memory, of eight tokens each, and the
-    // fragments are read from those by address: `order[block][lane]` says where the lane's row begins.
-    __device__ __forceinline__ void reorder(uint32_t (&x)[kBlocks][4], const uint32_t* order) const {
-        __syncwarp();
-        const uint32_t row = rows_ + lane_ / 8 % 2 * (kHeadSize * 16) + (lane_ / 16 * 8 + lane_ % 8) * 16;
-#pragma unroll
-        for (int block = 0; block < kBlocks; ++block) store_matrices_transposed(row + block * 256, x[block]);
-        __syncwarp();
+    // Into registers; then the next rows may be asked for.
+    __device__ __forceinline__ void load(XFragments& x) const {
 #pragma unroll
         for (int block = 0; block < kBlocks; ++block)
-            load_matrices_transposed(x[block], rows_ + __ldg(order + block * kLanes + lane_));
+            load_matrices(x[block], rows_ + lane_ % 16 * kRowPitch + lane_ / 16 * 16 + block * 32);
+        constexpr uint32_t kOne = std::is_same_v<Element, __half> ? 0x3c00u : 0x3f80u;
+        x[kBlocks][0] = x[kBlocks][1] = lane_ % 4 == 0 ? kOne | kOne << 16 : lane_ % 4 == 1 ? kOne : 0u;
+        x[kBlocks][2] = x[kBlocks][3] = 0u;
     }
 
     __device__ __forceinline__ uint32_t rows() const { return rows_; }
@@ -118,112 +121,165 @@ public:
 private:
     uint32_t rows_;
     int lane_;
+    int last_;    // token
+    int stride_;  // bytes between tokens
+    const uint8_t* input_;
 };
 
-// A block of X times its B fragments, {b0, b1} of the block's two n tiles: into a block of Y, or on top of it.
-__device__ __forceinline__ void multiply_block(float (&y)[2 * kBlocks][4], int out, bool first, const uint32_t (&a)[4],
-                                               uint4 b) {
-    if (first) {
-        mma_16bit_first<Element>(y[2 * out], a, b.x, b.y);
-        mma_16bit_first<Element>(y[2 * out + 1], a, b.z, b.w);
-    } else {
-        mma_16bit<Element>(y[2 * out], a, b.x, b.y);
-        mma_16bit<Element>(y[2 * out + 1], a, b.z, b.w);
+// T comes as core matrices of 8 outputs x 8 inputs: [input / 8][output / 8][8 outputs][8 inputs]. Keys have a block of
+// inputs behind the head, which are always 1, 1, 1, 0, ...: it takes off T mean, which comes in three parts.
+constexpr int kCoreBytes = 8 * 8 * kElementBytes;
+constexpr int kCores = kHeadSize / 8;                 // along outputs
+constexpr int kInputBytes = 2 * kCores * kCoreBytes;  // of a block of inputs
+
+// Block `i` of a group of Y: a block of X times four core matrices. Lanes 8 m to 8 m + 7 point at the rows of number m:
+// half m % 2 of the block's inputs, half m / 2 of its outputs.
+__device__ __forceinline__ void multiply_block(GroupOfY& y, int i, bool first, const uint32_t (&x)[4], uint32_t row,
+                                               bool negate = false) {
+    uint32_t b[4];
+    load_matrices(b, row);
+    for (uint32_t& pair : b) pair ^= negate ? kSignBits : 0u;
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+        if (first)
+            mma_16bit_first<Element>(y[2 * i + n], x, b[2 * n], b[2 * n + 1]);
+        else
+            mma_16bit<Element>(y[2 * i + n], x, b[2 * n], b[2 * n + 1]);
     }
 }
 
-// All threads of the CTA: asks for `kCount` B fragments in global memory. Returns where they will be for this lane.
-template <int kCount>
-__device__ __forceinline__ const uint4* request_fragments(const StoreSide& side, int head, int lane) {
-    extern __shared__ uint4 shared[];
-    const auto* source = reinterpret_cast<const uint4*>(static_cast<const uint8_t*>(side.operand) +
-                                                        head * side.operand_head_stride);
-    for (int i = threadIdx.x; i < kCount; i += blockDim.x) cp_async_16(shared_address(shared + i), source + i);
-    cp_async_commit();
-    return shared + lane;
-}
+// T as it comes, in shared memory.
+template <class Side, bool kHasMean>
+class MatrixOperand {
+public:
+    static constexpr int kBytes = (kBlocks + 1) * kInputBytes;
 
-// T = H diag(gains) P: P reorders channels, gains carry signs, H is block diagonal with Sylvester-Hadamard blocks,
-// H[m][k] = (-1)^popcount(m & k) within a block. Bits 0 to 3 of m and k are a product by matrix instructions, with one
-// 16 x 16 matrix a block of channels, its gains in it; the higher bits are sums and differences of whole blocks of Y.
-template <class Side>
-struct RotationOperand {
-    const uint4* fragments;  // [block][lane] -> {b0, b1} of the block's two n tiles
-    const uint32_t* order;   // see Inbox::reorder; null to leave channels as they are
+    // All threads of the CTA: asks for it.
+    __device__ __forceinline__ MatrixOperand(uint8_t* shared, const StoreSide& side, int head, int lane)
+        : shared_(shared_address(shared)), lane_(lane) {
+        const uint8_t* source = static_cast<const uint8_t*>(side.matrix) + head * side.matrix_head_stride;
+        for (int i = 16 * threadIdx.x; i < (kBlocks + kHasMean) * kInputBytes; i += 16 * blockDim.x)
+            cp_async_16(shared_ + i, source + i);
+        cp_async_commit();
+    }
 
-    __device__ RotationOperand(const StoreSide& side, int head, int lane)
-        : fragments(request_fragments<kBlocks * kLanes>(side, head, lane)),
-          order(side.order == nullptr ? nullptr : side.order + head * kBlocks * kLanes) {}
+    // Blocks `from` to `from` + `count` of Y = X T^T - T mean.
+    __device__ __forceinline__ void multiply(GroupOfY& y, int from, int count, const XFragments& x) const {
+        const int m = lane_ / 8;  // see multiply_block
+        const uint32_t row = shared_ + (m % 2 * kCores + 2 * from + m / 2) * kCoreBytes + lane_ % 8 * 16;
+#pragma unroll
+        for (int in = 0; in < kBlocks + kHasMean; ++in) {
+#pragma unroll
+            for (int i = 0; i < count; ++i)
+                multiply_block(y, i, in == 0, x[in], row + in * kInputBytes + 2 * i * kCoreBytes);
+        }
+    }
 
-    __device__ __forceinline__ void multiply(float (&y)[2 * kBlocks][4], const Inbox& inbox) const {
-        uint32_t x[kBlocks][4];
+    // The same by the four warps of a warpgroup together, each with its own tile: a whole group of blocks.
+    __device__ __forceinline__ void multiply_together(GroupOfY& y, int from, const XFragments& x) const {
+        const uint64_t first = wgmma_operand(shared_ + 2 * from * kCoreBytes, kCores * kCoreBytes, kCoreBytes);
+        wgmma_begin();
 #pragma unroll
-        for (int block = 0; block < kBlocks; ++block) inbox.load(x[block], block);
-        if (order != nullptr) inbox.reorder(x, order);
+        for (int in = 0; in < kBlocks + kHasMean; ++in)
+            wgmma_64<Element>(y, in > 0, x[in], wgmma_operand_at(first, in * kInputBytes));
+        wgmma_end(y);
+    }
+
+private:
+    uint32_t shared_;
+    int lane_;
+};
+
+// T = H diag(signs): H is block diagonal with Sylvester-Hadamard blocks, H[m][k] = (-1)^popcount(m & k) within a block.
+// Bits 0 to 3 of m and k are a product by matrix instructions, with one 16 x 16 matrix a block of channels, its signs
+// in it. So are bits that tell one group of blocks from another; those between are sums and differences of a group's
+// blocks. Little of T is read, and no more shared memory taken.
+template <class Side, bool kMayHaveMean>
+class RotationOperand {
+public:
+    static constexpr int kBytes = kBlocks * 4 * kCoreBytes + kInputBytes;
+
+    __device__ __forceinline__ RotationOperand(uint8_t* shared, const StoreSide& side, int head, int lane)
+        : shared_(shared_address(shared)), lane_(lane), has_mean_(kMayHaveMean && side.has_mean) {
+        const uint8_t* source = static_cast<const uint8_t*>(side.matrix) + head * side.matrix_head_stride;
+        constexpr int kHalf = 2 * kCoreBytes;  // of a block of inputs, for one block of outputs: contiguous
+        for (int i = 16 * threadIdx.x; i < kMeanAt; i += 16 * blockDim.x) {
+            const int out = R::first_of_matrix(i / (2 * kHalf));
+            cp_async_16(shared_ + i, source + (i / kHalf * kCores + 2 * out) * kCoreBytes + i % kHalf);
+        }
+        if (has_mean_) {
+            for (int i = 16 * threadIdx.x; i < kInputBytes; i += 16 * blockDim.x)
+                cp_async_16(shared_ + kMeanAt + i, source + kBlocks * kInputBytes + i);
+        }
+        cp_async_commit();
+    }
+
+    __device__ __forceinline__ void multiply(GroupOfY& y, int from, int count, const XFragments& x) const {
+        const int m = lane_ / 8;  // see multiply_block
+        const uint32_t row = shared_ + lane_ % 8 * 16;
 #pragma unroll
-        for (int block = 0; block < kBlocks; ++block)
-            multiply_block(y, block, true, x[block], fragments[block * kLanes]);
+        for (int i = 0; i < count; ++i) {
+            bool first = true;
 #pragma unroll
-        for (int step = 1; step < kBlocks; step *= 2) {
+            for (int in = 0; in < kBlocks; ++in) {
+                if (!R::mixes(in, from + i) || (in - from - i) % kGroup != 0) continue;
+                multiply_block(y, i, first, x[in], row + (4 * in + m % 2 * 2 + m / 2) * kCoreBytes,
+                               R::negates(in, from));
+                first = false;
+            }
+        }
 #pragma unroll
-            for (int block = 0; block < kBlocks; ++block) {
-                const int cls = Rotation<Side>::class_of(block), place = block - Side::first_channel(cls) / 16;
-                if (step >= Rotation<Side>::order_blocks(cls) || (place & step) != 0) continue;
+        for (int step = 1; step < kGroup; step *= 2) {
 #pragma unroll
-                for (int i = 0; i < 8; ++i) {
-                    float &low = y[2 * block + i / 4][i % 4], &high = y[2 * (block + step) + i / 4][i % 4];
+            for (int i = 0; i < count; ++i) {
+                if (!R::pairs(from + i, step)) continue;
+#pragma unroll
+                for (int e = 0; e < 8; ++e) {
+                    float &low = y[2 * i + e / 4][e % 4], &high = y[2 * (i + step) + e / 4][e % 4];
                     const float sum = low + high;
                     high = low - high;
                     low = sum;
                 }
             }
         }
-    }
-};
-
-// T as a matrix.
-struct MatrixOperand {
-    const uint4* fragments;  // [k block][n block][lane]
-
-    __device__ MatrixOperand(const StoreSide& side, int head, int lane)
-        : fragments(request_fragments<kBlocks * kBlocks * kLanes>(side, head, lane)) {}
-
-    __device__ __forceinline__ void multiply(float (&y)[2 * kBlocks][4], const Inbox& inbox) const {
+        if (!has_mean_) return;
 #pragma unroll
-        for (int in = 0; in < kBlocks; ++in) {
-            uint32_t a[4];
-            inbox.load(a, in);
-#pragma unroll
-            for (int out = 0; out < kBlocks; ++out) {
-                multiply_block(y, out, in == 0, a, fragments[(in * kBlocks + out) * kLanes]);
-            }
-        }
+        for (int i = 0; i < count; ++i)
+            multiply_block(y, i, false, x[kBlocks],
+                           row + kMeanAt + (m % 2 * kCores + 2 * (from + i) + m / 2) * kCoreBytes);
     }
+
+private:
+    using R = Rotation<Side>;
+    static constexpr int kMeanAt = kBlocks * 4 * kCoreBytes;
+    uint32_t shared_;
+    int lane_;
+    bool has_mean_;
 };
 
 // What a window has to do: at most one whole unit that starts in it, and the tokens of no whole unit.
 struct Window {
     int unit_start;      // row of the window where a whole unit starts, or -1
     uint32_t scattered;  // rows of the window to store one by one, as a bit mask
-    int64_t slot;        // of row `lane`, 32 of them: a whole unit may end in another window
+    int slot;            // of row `lane`, 32 of them: a whole unit may end in another window
 };
 
-__device__ __forceinline__ int64_t slot_of(const StoreParams& p, int token) {
-    return token >= 0 && token < p.tokens ? __ldg(p.slot_mapping + token) : int64_t{-1};
+__device__ __forceinline__ int slot_of(const StoreParams& p, int token) {
+    return token >= 0 && token < p.tokens ? static_cast<int>(__ldg(p.slot_mapping + token)) : -1;
 }
 
 // Warp-wide. Tokens t to t + 15 are a whole unit if slot t is a multiple of 16 and the next 15 follow on. `slot` is of
 // row `lane` of 32.
-__device__ __noinline__ Window survey_ragged(const StoreParams& p, int first, int64_t slot, int lane) {
+__device__ __noinline__ Window survey_ragged(const StoreParams& p, int first, int slot, int lane) {
     // Bit i of `high`: the token after first + i continues its slot. Of `low`: the same for first - 16 + i.
-    const int64_t after = __shfl_down_sync(kFullWarp, slot, 1), start = __shfl_sync(kFullWarp, slot, 0);
+    const int after = __shfl_down_sync(kFullWarp, slot, 1), start = __shfl_sync(kFullWarp, slot, 0);
     const uint32_t high = __ballot_sync(kFullWarp, slot >= 0 && lane < kLanes - 1 && after == slot + 1);
     // Slots of the window before matter only if the rest of a unit is here. Single tokens hardly ever wait for them.
     const uint32_t rest = (1u << (kUnitTokens - 1 - start % kUnitTokens)) - 1;
     const bool may_continue = start > 0 && start % kUnitTokens != 0 && (high & rest) == rest;
-    int64_t before = __shfl_sync(kFullWarp, slot, lane % kRows);
-    if (lane < kRows) before = may_continue ? slot_of(p, first - kRows + lane) : int64_t{-1};
-    const int64_t after_before = __shfl_down_sync(kFullWarp, before, 1);
+    int before = __shfl_sync(kFullWarp, slot, lane % kRows);
+    if (lane < kRows) before = may_continue ? slot_of(p, first - kRows + lane) : -1;
+    const int after_before = __shfl_down_sync(kFullWarp, before, 1);
     const uint32_t low = __ballot_sync(kFullWarp, lane < kRows && before >= 0 && after_before == before + 1);
     const uint64_t follows = low | static_cast<uint64_t>(high) << kRows;
     constexpr uint32_t kRun = (1u << (kUnitTokens - 1)) - 1;
@@ -236,8 +292,8 @@ __device__ __noinline__ Window survey_ragged(const StoreParams& p, int first, in
 }
 
 // The same, by a short cut for a window that is one whole unit, as inside a long chunk.
-__device__ __forceinline__ Window survey(const StoreParams& p, int first, int64_t slot, int lane) {
-    const int64_t start = __shfl_sync(kFullWarp, slot, 0);
+__device__ __forceinline__ Window survey(const StoreParams& p, int first, int slot, int lane) {
+    const int start = __shfl_sync(kFullWarp, slot, 0);
     const bool in_place = lane >= kRows || slot == start + lane;
     if (start >= 0 && start % kUnitTokens == 0 && __all_sync(kFullWarp, in_place)) return {0, 0u, slot};
     return survey_ragged(p, first, slot, lane);
@@ -269,11 +325,11 @@ __device__ __noinline__ void write_hot_rows(const StoreSide& side, const StorePa
     }
 }
 
-__device__ __forceinline__ uint8_t* unit_address(const StoreParams& p, int64_t slot, int head) {
-    const uint32_t unit = static_cast<uint32_t>(slot / kUnitTokens);
+// `cache`: where the head's part of page 0 is.
+__device__ __forceinline__ uint8_t* unit_address(const StoreParams& p, uint8_t* cache, int slot) {
+    const uint32_t unit = static_cast<uint32_t>(slot) / kUnitTokens;
     const uint32_t page = p.page_shift >= 0 ? unit >> p.page_shift : unit / p.page_units;
-    return p.cache + page * p.page_stride + head * p.head_stride +
-           static_cast<int64_t>(unit - page * p.page_units) * CacheUnit::bytes;
+    return cache + page * p.page_stride + (unit - page * p.page_units) * CacheUnit::bytes;
 }
 
 template <class Side, bool kIsKey>
@@ -306,61 +362,137 @@ __device__ __forceinline__ void write_token(uint8_t* unit, const uint32_t (&code
         *reinterpret_cast<uint16_t*>(unit + CacheUnit::scale_offset + scale_place(kIsKey ? 0 : 1, token)) = scales;
 }
 
-// Y = X T^T - T mean, and the squared norm of each of the lane's rows and classes.
-template <class Side, bool kIsKey, class Operand>
-__device__ __forceinline__ void transform(float (&y)[2 * kBlocks][4], float (&square)[2][Side::classes],
-                                          const StoreSide& side, const Operand& operand, const Inbox& inbox, int head,
-                                          int lane) {
-    operand.multiply(y, inbox);
-    if (kIsKey && side.minus_mean != nullptr) {
-        const float4* mean = reinterpret_cast<const float4*>(side.minus_mean + head * kHeadSize) + lane % 4;
+// Y of a tile.
+template <class Side>
+struct Transformed {
+    uint32_t y[kBlocks][4];          // fp16 pairs: A fragments
+    float square[2][Side::classes];  // squared norms of the lane's rows g and g + 8, a class each
+};
+
+// Whether warpgroups can do a side: only whole groups of blocks.
+template <class Side>
+constexpr bool kWholeGroups = Side::channels(0) % (16 * kGroup) == 0 &&
+                              (Side::classes == 1 || Side::channels(1) % (16 * kGroup) == 0);
+
+// `kTogether`: the warps of a warpgroup call it together. `kRescaled`: y comes times `factor`.
+template <class Side, bool kTogether, bool kRescaled, class Operand>
+__device__ __forceinline__ void transform(Transformed<Side>& tile, const float (&factor)[2][Side::classes],
+                                          const Operand& operand, const XFragments& x) {
 #pragma unroll
-        for (int block = 0; block < kBlocks; ++block) {
-            const float4 start = __ldg(mean + 4 * block);
-            const float four[2][2] = {{start.x, start.z}, {start.y, start.w}};  // [n tile][column 2 c, 2 c + 1]
+    for (int cls = 0; cls < Side::classes; ++cls) {
+        const int end = (Side::first_channel(cls) + Side::channels(cls)) / 16;
+        float square[2] = {};
 #pragma unroll
-            for (int i = 0; i < 8; ++i) y[2 * block + i / 4][i % 4] += four[i / 4][i % 2];
+        for (int from = Side::first_channel(cls) / 16; from < end; from += kGroup) {
+            const int count = end - from < kGroup ? end - from : kGroup;
+            GroupOfY group;
+            if constexpr (kTogether)
+                operand.multiply_together(group, from, x);
+            else
+                operand.multiply(group, from, count, x);
+#pragma unroll
+            for (int i = 0; i < 4 * kGroup; ++i) {
+                if (i >= 4 * count) break;
+                const int block = i / 4, n = i / 2 % 2, row = i % 2;
+                float low = group[2 * block + n][2 * row], high = group[2 * block + n][2 * row + 1];
+                if (kRescaled) {
+                    low *= factor[row][cls];
+                    high *= factor[row][cls];
+                }
+                square[row] += low * low;
+                square[row] += high * high;
+                tile.y[from + block][2 * n + row] = bits_of(__floats2half2_rn(low, high));
+            }
+        }
+        for (int row = 0; row < 2; ++row) tile.square[row][cls] = sum_of_four_lanes(square[row]);
+    }
+}
+
+// Whether fp16 does for `n` elements of this squared norm: none is too large, and boundaries are normal numbers.
+__device__ __forceinline__ bool suits_fp16(float square, int n) { return square >= n * 0x1p-20f && square <= 0x1p31f; }
+
+// Looks after rows that fp16 does not suit, which is rare: vectors that are not finite become zero, and are counted;
+// very large and very small ones are transformed again, times `factor`, a power of two, which becomes other than 1.
+// Row 0 of the tile is token `first`. Returns whether its rows were asked for again, and the next tile's are lost.
+template <class Side, class Operand>
+__device__ __forceinline__ bool mend(Transformed<Side>& tile, float (&factor)[2][Side::classes], const StoreParams& p,
+                                     const StoreSide& side, const Operand& operand, const Inbox& inbox, uint32_t rows,
+                                     int first, int head, int lane) {
+    constexpr float kLargest = 3.40282347e38f;
+    bool again = false, zero[2] = {};
+    uint32_t bad = 0u;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+        float total = 0.f;
+#pragma unroll
+        for (int cls = 0; cls < Side::classes; ++cls) {
+            const float square = tile.square[row][cls];
+            total += square;
+            if (square > 0.f && square <= kLargest && !suits_fp16(square, Side::channels(cls))) {
+                factor[row][cls] = exp2f(static_cast<float>(-(ilogbf(square) >> 1)));
+                again = true;
+            }
+        }
+        zero[row] = !(total <= kLargest);
+        if (zero[row]) bad |= 1u << (lane / 4 + 8 * row);
+    }
+    again = __any_sync(kFullWarp, again);
+    if (again) {
+        inbox.await();
+        inbox.request(first);
+        inbox.await();
+        XFragments x;
+        inbox.load(x);
+        transform<Side, false, true>(tile, factor, operand, x);
+    }
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+        if (zero[row]) {
+            for (float& square : tile.square[row]) square = 0.f;  // then scale 0, whatever the codes
         }
     }
-    for (auto& row : square)
-        for (float& sum : row) sum = 0.f;
+    bad = __reduce_or_sync(kFullWarp, bad) & rows;
+    if (lane == 0 && bad != 0u && p.nonfinite != nullptr)
+        atomicAdd(p.nonfinite, static_cast<unsigned long long>(__popc(bad)));
+    if (p.hot_slots != nullptr) write_hot_rows(side, p, inbox.rows(), first, bad, true, head, lane);
+    return again;
+}
+
+template <class Side>
+__device__ __forceinline__ bool suits_fp16(const Transformed<Side>& tile) {
+    bool result = true;
 #pragma unroll
-    for (int i = 0; i < 2 * kBlocks; ++i) {
-        const int cls = 8 * i < Side::channels(0) ? 0 : 1;
-#pragma unroll
-        for (int e = 0; e < 4; ++e) square[e / 2][cls] += y[i][e] * y[i][e];
-    }
-    for (auto& row : square)
-        for (float& sum : row) sum = sum_of_four_lanes(sum);
+    for (int i = 0; i < 2 * Side::classes; ++i)
+        result = result && suits_fp16(tile.square[i % 2][i / 2], Side::channels(i / 2));
+    return result;
 }
 
 // One class of channels to codes, a word of eight nibbles a block. Of keys: row g's four, row g + 8's four. Of values:
 // for column 2 c, then 2 c + 1, n tile 0's rows g and g + 8, n tile 1's.
 template <class Side, bool kIsKey, int cls>
 __device__ __forceinline__ void quantize_class(uint32_t (&codes)[kBlocks], float (&scale)[2][Side::classes],
-                                               const float (&y)[2 * kBlocks][4],
-                                               const float (&square)[2][Side::classes], const StoreSide& side,
-                                               int lane) {
+                                               const Transformed<Side>& tile, const float (&factor)[2][Side::classes],
+                                               const StoreSide& side, int lane) {
     constexpr int kChannels = Side::channels(cls), kFirst = Side::first_channel(cls) / 16;
     using Q = Quantizer<Side::bits(cls)>;
     constexpr float kTiny = 1e-38f;
-    float factor[2];
+    typename Q::Boundaries boundaries[2];
 #pragma unroll
     for (int row = 0; row < 2; ++row)
-        factor[row] = sqrtf(static_cast<float>(kChannels)) * rsqrtf(fmaxf(square[row][cls], kTiny));
+        Q::scale_boundaries(boundaries[row], sqrt_approx(tile.square[row][cls] * (1.f / kChannels)));
     RowDots dots;
 #pragma unroll
     for (int block = kFirst; block < kFirst + kChannels / 16; ++block) {
         QuantizedPair q[2][2];
 #pragma unroll
-        for (int tile = 0; tile < 2; ++tile) {
-            const float(&four)[4] = y[2 * block + tile];
-            const __half2 low = __floats2half2_rn(four[0] * factor[0], four[1] * factor[0]);
-            const __half2 high = __floats2half2_rn(four[2] * factor[1], four[3] * factor[1]);
-            q[tile][0] = kIsKey && tile == 1 ? Q::template pair<true>(low) : Q::template pair<false>(low);
-            q[tile][1] = !kIsKey || tile == 1 ? Q::template pair<true>(high) : Q::template pair<false>(high);
+        for (int n = 0; n < 2; ++n) {
+            const uint32_t low = tile.y[block][2 * n], high = tile.y[block][2 * n + 1];
+            q[n][0] = kIsKey && n == 1 ? Q::template pair<true>(low, boundaries[0])
+                                       : Q::template pair<false>(low, boundaries[0]);
+            q[n][1] = !kIsKey || n == 1 ? Q::template pair<true>(high, boundaries[1])
+                                        : Q::template pair<false>(high, boundaries[1]);
         }
-        dots.add(q);
+        dots.add(tile.y[block], q);
         uint32_t low, high;
         if constexpr (kIsKey) {
             low = __byte_perm(q[0][0].code, q[0][1].code, 0x6420u);
@@ -373,122 +505,104 @@ __device__ __forceinline__ void quantize_class(uint32_t (&codes)[kBlocks], float
     }
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-        // EDEN: |y|^2 / <y, levels>; the dot product still carries `factor` and the codebook's unit.
-        const float numerator = square[row][cls] * factor[row] * Q::kUnit * side.output_scale[cls];
-        scale[row][cls] = __fdividef(numerator, fmaxf(dots.row(row, lane), kTiny));
+        // EDEN: |y|^2 / <y, levels>; the dot product still carries the codebook's unit, both `factor`.
+        const float numerator = tile.square[row][cls] * (Q::kUnit * side.output_scale[cls]);
+        scale[row][cls] = __fdividef(numerator, fmaxf(dots.row(row, lane), kTiny) * factor[row][cls]);
     }
 }
 
-// Y, a tile, to its slots. Row i of the tile is token first + i; `rows` says which there are, `slot` is lane i's.
+// A tile to its slots. Row i of the tile is token first + i; `rows` says which there are, `slot` is lane i's.
 template <class Side, bool kIsKey>
-__device__ __forceinline__ void store_tile(const StoreParams& p, const StoreSide& side,
-                                           const float (&y)[2 * kBlocks][4], float (&square)[2][Side::classes],
-                                           const Inbox& inbox, int first, uint32_t rows, bool whole_unit, int64_t slot,
-                                           int head, int lane) {
-    constexpr float kLargest = 3.40282347e38f;
+__device__ __forceinline__ void store_tile(const StoreParams& p, const StoreSide& side, const Transformed<Side>& tile,
+                                           const float (&factor)[2][Side::classes], uint32_t rows, bool whole_unit,
+                                           int slot, uint8_t* cache, int lane) {
     const int g = lane / 4;
-    bool finite[2];
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-        float total = 0.f;
-#pragma unroll
-        for (int cls = 0; cls < Side::classes; ++cls) total += square[row][cls];
-        finite[row] = total <= kLargest;
-    }
-    if (!__all_sync(kFullWarp, finite[0] && finite[1])) {
-        // Scale 0: whatever its codes turn out to be, the vector is zero.
-        uint32_t bad = 0u;
-#pragma unroll
-        for (int row = 0; row < 2; ++row) {
-            if (!finite[row]) {
-                for (float& s : square[row]) s = 0.f;
-                bad |= 1u << (g + 8 * row);
-            }
-        }
-        bad = __reduce_or_sync(kFullWarp, bad) & rows;
-        if (lane == 0 && p.nonfinite != nullptr) atomicAdd(p.nonfinite, static_cast<unsigned long long>(__popc(bad)));
-        if (p.hot_slots != nullptr) write_hot_rows(side, p, inbox.rows(), first, bad, true, head, lane);
-    }
-
     uint32_t codes[kBlocks];
     float scale[2][Side::classes];
-    quantize_class<Side, kIsKey, 0>(codes, scale, y, square, side, lane);
-    if constexpr (Side::classes == 2) quantize_class<Side, kIsKey, 1>(codes, scale, y, square, side, lane);
+    quantize_class<Side, kIsKey, 0>(codes, scale, tile, factor, side, lane);
+    if constexpr (Side::classes == 2) quantize_class<Side, kIsKey, 1>(codes, scale, tile, factor, side, lane);
     const uint16_t scales[2] = {scale_bytes(scale[0]), scale_bytes(scale[1])};
     if (whole_unit) {
-        write_whole_unit<Side, kIsKey>(unit_address(p, __shfl_sync(kFullWarp, slot, 0), head), codes, scales, lane);
+        write_whole_unit<Side, kIsKey>(unit_address(p, cache, __shfl_sync(kFullWarp, slot, 0)), codes, scales, lane);
         return;
     }
 #pragma unroll 1
     for (int row = 0; row < 2; ++row) {
         if ((rows >> 8 * row & 0xffu) == 0u) continue;
-        const int64_t place = __shfl_sync(kFullWarp, slot, g + 8 * row);
+        const int place = __shfl_sync(kFullWarp, slot, g + 8 * row);
         if ((rows >> (g + 8 * row) & 1u) == 0u) continue;
-        write_token<Side, kIsKey>(unit_address(p, place, head), codes, row, static_cast<int>(place % kUnitTokens),
+        write_token<Side, kIsKey>(unit_address(p, cache, place), codes, row, place % kUnitTokens,
                                   row == 0 ? scales[0] : scales[1], lane);
     }
 }
 
-template <class Side, bool kIsKey, class Operand, bool kInTurns>
+// `kAtOnce`: the next rows are asked for as soon as X is in registers, not only once Y is there too.
+template <class Side, bool kIsKey, class Operand, bool kTogether, bool kAtOnce>
 __device__ __forceinline__ void store_side(const StoreParams& p) {
     const StoreSide& side = p.sides[kIsKey ? 0 : 1];
     const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes;
     const int head = blockIdx.y;
-    extern __shared__ uint8_t shared_bytes[];
-    const bool any_matrix = p.sides[0].is_matrix || p.sides[1].is_matrix;
-    uint8_t* inboxes = shared_bytes + (any_matrix ? kMatrixBytes : kRotationBytes);
-    Inbox inbox(inboxes + warp * kWarpBytes, lane);
+    extern __shared__ __align__(128) uint8_t shared[];
+    const Inbox inbox(shared + Operand::kBytes + warp * kWarpBytes, side, p.tokens, head, lane);
+    uint8_t* const cache = p.cache + head * p.head_stride;
 
-    // In turns: every gridDim.x-th window is the CTA's, and its warps take one after the other as they get done. The
-    // scheduler favours some of them, and would leave the others' share to the end.
-    const int windows = (p.tokens + p.window - 1) / p.window;
-    int window = kInTurns ? warp * gridDim.x + blockIdx.x : blockIdx.x * warps + warp;
-    int* taken = reinterpret_cast<int*>(inboxes + warps * kWarpBytes);
-    if (kInTurns && threadIdx.x == 0) *taken = warps;
-    // A window's rows are asked for before its slots are known: from where the previous one's unit started.
-    int expected = 0;
-    int64_t slot = -1;
-    const Operand operand(side, head, lane);
+    constexpr int kTeam = kTogether ? kWarpgroup : 1;  // its warps have windows side by side, and go on together
+    const int windows = (p.tokens + p.window - 1) / p.window, step = gridDim.x * warps;
+    int window = blockIdx.x * warps + warp;
+    const auto team_has = [&](int i) { return i - warp % kTeam < windows; };
+    const Operand operand(shared, side, head, lane);
+    if (team_has(window)) inbox.prefetch(window * p.window);
     await_previous_kernel();  // so far only constants were read
     allow_next_kernel();
-    if (window < windows) {
-        inbox.request(side, p, window * p.window, head);
+    // A window's rows are asked for before its slots are known: from where the previous one's unit started.
+    int expected = 0, slot = -1;
+    if (team_has(window)) {
+        inbox.request(window * p.window);
         slot = slot_of(p, window * p.window + lane);
     } else {
-        cp_async_commit();  // so that every warp's operand is its last group but one
+        cp_async_commit();  // so that every warp's part of T is its last group but one
     }
     cp_async_wait<1>();
-    __syncthreads();  // the operand's fragments, and `*taken`
-    while (window < windows) {
-        const int base = window * p.window;
-        if constexpr (kInTurns) {
-            int turn = 0;
-            if (lane == 0) turn = atomicAdd(taken, 1);
-            window = __shfl_sync(kFullWarp, turn, 0) * gridDim.x + blockIdx.x;
-        } else {
-            window += gridDim.x * warps;
-        }
-        const int next = window * p.window;
+    if (kTogether) wgmma_publish();
+    __syncthreads();  // T
+    for (; team_has(window); window += step) {
+        const int base = window * p.window, next = (window + step) * p.window;
         const Window work = survey(p, base, slot, lane);
-        if (next < p.tokens) slot = slot_of(p, next + lane);
+        slot = slot_of(p, next + lane);
         bool whole = work.unit_start >= 0;
+        uint32_t scattered = work.scattered;
         int start = whole ? work.unit_start : 0;
         inbox.await();
         if (start != expected) {
-            inbox.request(side, p, base + start, head);
+            inbox.request(base + start);
             inbox.await();
             expected = start;
         }
         bool again;
         do {  // at most twice; a loop, so that there is one copy of the code for both kinds of tile: it is long
-            const uint32_t rows = whole ? 0xffffu : work.scattered;
+            const uint32_t rows = whole ? 0xffffu : scattered;
+            if (!whole) scattered = 0u;
+            again = scattered != 0u;
+            if constexpr (kTogether) again = warp < kTeam ? warpgroup_any<1>(again) : warpgroup_any<2>(again);
             if (p.hot_slots != nullptr) write_hot_rows(side, p, inbox.rows(), base + start, rows, false, head, lane);
-            float y[2 * kBlocks][4], square[2][Side::classes];
-            transform<Side, kIsKey>(y, square, side, operand, inbox, head, lane);
-            again = whole && work.scattered != 0u;
-            if (again || next < p.tokens) inbox.request(side, p, again ? base : next + expected, head);
-            const int64_t row_slot = __shfl_sync(kFullWarp, work.slot, start + lane % kRows);
-            store_tile<Side, kIsKey>(p, side, y, square, inbox, base + start, rows, whole, row_slot, head, lane);
+            XFragments x;
+            inbox.load(x);
+            const auto request_next = [&] {
+                if (again || team_has(window + step)) inbox.request(again ? base : next + expected);
+            };
+            if (kAtOnce) request_next();
+            Transformed<Side> tile;
+            float factor[2][Side::classes];
+            for (auto& row : factor)
+                for (float& f : row) f = 1.f;
+            transform<Side, kTogether, false>(tile, factor, operand, x);
+            if (!__all_sync(kFullWarp, suits_fp16(tile))) {
+                if (mend(tile, factor, p, side, operand, inbox, rows, base + start, head, lane) && kAtOnce)
+                    request_next();
+            }
+            if (!kAtOnce) request_next();
+            const int row_slot = __shfl_sync(kFullWarp, work.slot, start + lane % kRows);
+            store_tile<Side, kIsKey>(p, side, tile, factor, rows, whole, row_slot, cache, lane);
             if (again) inbox.await();
             whole = false;
             start = 0;
@@ -497,51 +611,39 @@ __device__ __forceinline__ void store_side(const StoreParams& p) {
 }
 
 // Grid: x shares out windows, y is the KV head, z the side.
-template <int kMostWarps, bool kMayBeMatrix>
-__global__ void __launch_bounds__(kMostWarps* kLanes, kWarpsPerProcessor / kMostWarps)
-    store_kernel(const __grid_constant__ StoreParams p) {
+template <template <class, bool> class Operand, int kWarps, bool kTogether, bool kAtOnce>
+__global__ void __launch_bounds__(kWarps* kLanes, kWarpsPerProcessor / kWarps) store_kernel(
+    const __grid_constant__ StoreParams p) {
     using Key = CacheUnit::Key;
     using Value = CacheUnit::Value;
-    if (blockIdx.z == 0) {
-        if (kMayBeMatrix && p.sides[0].is_matrix)
-            store_side<Key, true, MatrixOperand, kMayBeMatrix>(p);
-        else
-            store_side<Key, true, RotationOperand<Key>, kMayBeMatrix>(p);
-    } else {
-        if (kMayBeMatrix && p.sides[1].is_matrix)
-            store_side<Value, false, MatrixOperand, kMayBeMatrix>(p);
-        else
-            store_side<Value, false, RotationOperand<Value>, kMayBeMatrix>(p);
-    }
+    if (blockIdx.z == 0)
+        store_side<Key, true, Operand<Key, true>, kTogether, kAtOnce>(p);
+    else
+        store_side<Value, false, Operand<Value, false>, kTogether, kAtOnce>(p);
 }
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-template <int kMostWarps, bool kMayBeMatrix>
-cudaError_t launch(StoreParams p, cudaStream_t stream) {
-    const auto kernel = store_kernel<kMostWarps, kMayBeMatrix>;
-    constexpr int kOperand = kMayBeMatrix ? kMatrixBytes : kRotationBytes;
-    int device = 0, processors = 0, most_shared = 0, resident = 0;
+template <template <class, bool> class Operand, int kWarps, bool kTogether, bool kAtOnce>
+cudaError_t launch(const StoreParams& p, int processors, cudaStream_t stream) {
+    const auto kernel = store_kernel<Operand, kWarps, kTogether, kAtOnce>;
+    constexpr int kOperandBytes = Operand<CacheUnit::Key, true>::kBytes;
+    int device = 0, most_shared = 0, resident = 0;
     cudaError_t status = cudaGetDevice(&device);
-    if (status == cudaSuccess)
-        status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
     if (status == cudaSuccess)
         status = cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (status != cudaSuccess) return status;
-    const int fitting = (most_shared - kOperand - kCounterBytes) / kWarpBytes;
+    const int fitting = (most_shared - kOperandBytes) / kWarpBytes;
     if (fitting < 1) return cudaErrorInvalidConfiguration;  // Python says so before it comes to this
-    // A few tokens are better spread over the processors: one by one they take long to write.
     const int pairs = 2 * p.kv_heads;  // of head and side
-    for (p.window = kRows; p.window > kLeastWindow && 2 * ceil_div(p.tokens, p.window) * pairs <= processors;)
-        p.window /= 2;
     const int windows = ceil_div(p.tokens, p.window);
-    const int warps = std::min({std::max(1, windows * pairs / processors), kMostWarps, fitting});
-    const int shared = kOperand + warps * kWarpBytes + kCounterBytes;
+    const int warps = kTogether ? kWarps : std::min({std::max(1, windows * pairs / processors), kWarps, fitting});
+    const int shared = kOperandBytes + warps * kWarpBytes;
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (status == cudaSuccess)
         status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, warps * kLanes, shared);
     if (status != cudaSuccess) return status;
-    // No more CTAs than run at once: then a warp always has its next tile on the way, and fragments are loaded once.
+    // No more CTAs than run at once: then a warp always has its next tile on the way, and T is loaded once.
     const int most = std::max(1, processors * resident / pairs);
 
     cudaLaunchAttribute overlap{};
@@ -559,10 +661,26 @@ cudaError_t launch(StoreParams p, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t launch_store(const StoreParams& p, cudaStream_t stream) {
-    if (p.tokens == 0) return cudaSuccess;
-    return p.sides[0].is_matrix || p.sides[1].is_matrix ? launch<kMatrixWarps, true>(p, stream)
-                                                        : launch<kWarps, false>(p, stream);
+cudaError_t launch_store(const StoreParams& params, cudaStream_t stream) {
+    if (params.tokens == 0) return cudaSuccess;
+    StoreParams p = params;
+    int device = 0, processors = 0;
+    cudaError_t status = cudaGetDevice(&device);
+    if (status == cudaSuccess)
+        status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    if (status != cudaSuccess) return status;
+    // A few tokens are better spread over the processors: one by one they take long to write.
+    const int pairs = 2 * p.kv_heads;  // of head and side
+    for (p.window = kRows; p.window > kLeastWindow && 2 * ceil_div(p.tokens, p.window) * pairs <= processors;)
+        p.window /= 2;
+    if (p.sides[0].is_rotation && p.sides[1].is_rotation)
+        return launch<RotationOperand, kRotationWarps, false, true>(p, processors, stream);
+    if constexpr (MQ_WGMMA && kWholeGroups<CacheUnit::Key> && kWholeGroups<CacheUnit::Value>) {
+        if (ceil_div(p.tokens, p.window) * pairs >= kManyTiles * processors)
+            return launch<MatrixOperand, kMatrixWarps, true, true>(p, processors, stream);
+    }
+    // Asked for later here, for lack of registers: spilling costs a short launch a sixth of its time.
+    return launch<MatrixOperand, kMatrixWarps, false, false>(p, processors, stream);
 }
 
 }  // namespace mq

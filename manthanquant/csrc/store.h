@@ -13,13 +13,10 @@ struct StoreSide {
     const void* input;  // [tokens, kv heads, head size], bf16 or fp16 (MQ_STORE_ELEMENT)
     int32_t token_stride;
     int32_t head_stride;
-    // B fragments, [32 lanes] times four words each. Rotation: [heads][head size / 16], of the blocks on the diagonal
-    // before blocks are mixed; see RotationOperand. Matrix: [heads][head size / 16 of k][head size / 16 of n].
-    const void* operand;
-    int64_t operand_head_stride;  // in bytes; 0 where all heads share one operand
-    const uint32_t* order;  // rotation: the order of channels, [heads][head size / 16][32], see Inbox::reorder; or null
-    bool is_matrix;
-    const float* minus_mean;  // [kv heads, head size], keys only: -T mean; null for no mean
+    const void* matrix;          // T, [heads][input / 8][output / 8][8][8], see Matrix in store.cu
+    int64_t matrix_head_stride;  // in bytes; 0 where all heads share one
+    bool is_rotation;            // T is a Hadamard rotation: signs, sums and differences
+    bool has_mean;               // keys alone may have one
     float output_scale[2];  // T x times this is the transformed vector; one a class of channels
     void* hot_pool;       // bf16 [slots, kv heads, 16, head size]; null for none
 };

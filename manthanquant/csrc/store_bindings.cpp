@@ -4,22 +4,19 @@
 
 namespace {
 
-// {input, token stride, head stride, operand, operand head stride, order, is matrix, minus mean, scale of class 0, of
-// class 1, hot pool}
-using Side = std::tuple<uintptr_t, int32_t, int32_t, uintptr_t, int64_t, uintptr_t, bool, uintptr_t, float, float,
-                        uintptr_t>;
+// {input, token stride, head stride, matrix, matrix head stride, is rotation, has mean, scale of class 0, of class 1,
+// hot pool}
+using Side = std::tuple<uintptr_t, int32_t, int32_t, uintptr_t, int64_t, bool, bool, float, float, uintptr_t>;
 
 mq::StoreSide store_side(const Side& side) {
-    const auto [input, token_stride, head_stride, operand, operand_head_stride, order, is_matrix, minus_mean, scale0,
-                scale1, hot] = side;
+    const auto [input, token_stride, head_stride, matrix, matrix_head_stride, is_rotation, has_mean, scale0, scale1, hot] = side;
     return {mq::pointer<const void>(input),
             token_stride,
             head_stride,
-            mq::pointer<const void>(operand),
-            operand_head_stride,
-            mq::pointer<const uint32_t>(order),
-            is_matrix,
-            mq::pointer<const float>(minus_mean),
+            mq::pointer<const void>(matrix),
+            matrix_head_stride,
+            is_rotation,
+            has_mean,
             {scale0, scale1},
             mq::pointer<void>(hot)};
 }

@@ -1,9 +1,9 @@
 // The store's arithmetic on one block of a tile: 16 rows x 16 channels in C-fragment layout, to codes.
 //
-// It runs two elements an instruction. u = |y| sqrt(n) / |vector| is rounded to fp16 before it is compared with the
-// (rounded) boundaries: the decision can differ from fp32's where u is within `tie` (manthanquant/cuda/store.py) of a
-// boundary, where both codes cost the same to second order. A level is a staircase: each comparison, 0 or 1, adds a
-// rise.
+// It runs two elements an instruction. |y| is rounded to fp16 and compared with boundaries times the vector's standard
+// deviation, rounded too: that spares a product per element. The decision can differ from fp32's where y is within
+// `tie` (manthanquant/cuda/store.py) of a boundary, where both codes cost the same to second order. A level is a
+// staircase: each comparison, 0 or 1, adds a rise.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -26,8 +26,7 @@ __device__ __forceinline__ float sum_of_four_lanes(float x) {
 
 // Two elements quantised.
 struct QuantizedPair {
-    __half2 value;  // u
-    __half2 level;  // with u's sign, in units of 1 / Quantizer::kUnit
+    __half2 level;  // with y's sign, in units of 1 / Quantizer::kUnit
     uint32_t code;  // in the low byte of each half; see Quantizer::nibbles
 };
 
@@ -39,30 +38,38 @@ struct Quantizer {
     static constexpr float kLevelScale = kBits == 4 ? 2.f : 1.f;
     static constexpr float kUnit = Book::unit * kLevelScale;
 
-    // `u` is y sqrt(n) / |vector|, in fp16, signs kept. `kHighNibble`: where in its byte the code goes.
+    // The boundaries above 0 of a vector whose elements have standard deviation `sigma`.
+    using Boundaries = __half2[kHalf - 1];
+    __device__ static __forceinline__ void scale_boundaries(Boundaries& boundaries, float sigma) {
+        constexpr Steps kSteps = steps();
+#pragma unroll
+        for (int i = 0; i < kHalf - 1; ++i) boundaries[i] = both_halves(kSteps.boundary[i] * sigma);
+    }
+
+    // `y`: two elements, as fp16. `kHighNibble`: where in its byte the code goes.
     template <bool kHighNibble>
-    __device__ static __forceinline__ QuantizedPair pair(__half2 u) {
+    __device__ static __forceinline__ QuantizedPair pair(uint32_t y, const Boundaries& boundaries) {
         constexpr Steps kSteps = steps();
         constexpr uint32_t kSigns = 0x80008000u;
+        const __half2 size = __habs2(half2_of(y));
         __half2 level = both_halves(kSteps.first_level);
 #pragma unroll
         for (int i = 0; i < kHalf - 1; ++i)
-            level = __hfma2(__hgt2(__habs2(u), both_halves(kSteps.boundary[i])), both_halves(kSteps.rise[i]), level);
+            level = __hfma2(__hgt2(size, boundaries[i]), both_halves(kSteps.rise[i]), level);
         if constexpr (kBits == 4) {
             // Take the rank off the level again. Adding 1.5 * 2^10 rounds to a whole number, in the lowest bits.
             constexpr float kRound = 1536.f;
             constexpr uint32_t kSignPlace = 0x00080008u;
             const __half2 whole = __hfma2(level, both_halves(1.f / kRankStep), both_halves(kRound));
             level = __hfma2(__hsub2(whole, both_halves(kRound)), both_halves(-kRankStep), level);
-            const uint32_t code = (bits_of(u) >> 12 & kSignPlace) | (bits_of(whole) & ~kSignPlace);
-            return {u, half2_of(bits_of(level) | (bits_of(u) & kSigns)), code};
+            const uint32_t code = (y >> 12 & kSignPlace) | (bits_of(whole) & ~kSignPlace);
+            return {half2_of(bits_of(level) | (y & kSigns)), code};
         } else {
             // 8 +- slope * level, rounded, has the code in the highest bits of its nibble. A leading 2^10 puts it into
             // the lowest bits of the number.
             constexpr float kPlace = kHighNibble ? 16.f : 1.f;
-            level = half2_of(bits_of(level) | (bits_of(u) & kSigns));
-            return {u, level,
-                    bits_of(__hfma2(level, both_halves(kPlace * kSlope), both_halves(1024.f + kPlace * 8.f)))};
+            level = half2_of(bits_of(level) | (y & kSigns));
+            return {level, bits_of(__hfma2(level, both_halves(kPlace * kSlope), both_halves(1024.f + kPlace * 8.f)))};
         }
     }
 
@@ -116,17 +123,15 @@ private:
     static_assert(kBits == 4 || kSlope > 0.f, "this codebook's levels do not tell its codes apart");
 };
 
-// <u, level> of each row, summed over blocks on the tensor cores: of the products of all rows' values with all rows'
+// <y, level> of each row, summed over blocks on the tensor cores: of the products of all rows' values with all rows'
 // levels only the diagonal is wanted, and it costs two instructions a block.
 struct RowDots {
     float low[4] = {}, high[4] = {};  // rows 0-7 x rows 0-7, rows 8-15 x rows 8-15
 
-    // Pairs of a block: [n tile][row g or g + 8].
-    __device__ __forceinline__ void add(const QuantizedPair (&q)[2][2]) {
-        const uint32_t a[4] = {bits_of(q[0][0].value), bits_of(q[0][1].value), bits_of(q[1][0].value),
-                               bits_of(q[1][1].value)};
-        mma_16bit<__half>(low, a, bits_of(q[0][0].level), bits_of(q[1][0].level));
-        mma_16bit<__half>(high, a, bits_of(q[0][1].level), bits_of(q[1][1].level));
+    // A block of Y as an A fragment, and its pairs [n tile][row g or g + 8].
+    __device__ __forceinline__ void add(const uint32_t (&y)[4], const QuantizedPair (&q)[2][2]) {
+        mma_16bit<__half>(low, y, bits_of(q[0][0].level), bits_of(q[1][0].level));
+        mma_16bit<__half>(high, y, bits_of(q[0][1].level), bits_of(q[1][1].level));
     }
 
     // Row g (0) or g + 8 (1), in all four lanes of g.

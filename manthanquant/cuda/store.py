@@ -4,8 +4,8 @@
 allocates nothing, does not synchronise, and can be captured in a CUDA graph. Under `torch.compile` it is one operator.
 
 A matrix transform is rounded to the dtype of keys and values; sums are fp32. Codes equal the reference's except where a
-channel, at unit variance, lies within `tie(boundary)` of a decision boundary: it is rounded to fp16 before it is
-compared with the rounded boundary. There either code is as good. A vector with scale 0 may have any codes.
+channel, at unit variance, lies within `tie(boundary)` of a decision boundary: channels and boundaries are rounded to
+fp16 before they are compared. There either code is as good. A vector with scale 0 may have any codes.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from manthanquant.cuda.fragments import BLOCK, b_fragments
+from manthanquant.cuda.fragments import BLOCK
 from manthanquant.cuda.module import address, module_for, require_shared_memory, stream_of, traceable
-from manthanquant.formats import LANES, SIDES, UNIT_TOKENS, Format, Side, get_paged
+from manthanquant.formats import SIDES, UNIT_TOKENS, Format, Side, get_paged
 from manthanquant.jit.kernels import store_extension
 from manthanquant.packing import pages_as_units
 from manthanquant.reference import HotPool
-from manthanquant.transform import LayerTransform, SideTransform, hadamard, hadamard_block, signs
+from manthanquant.transform import LayerTransform, SideTransform, hadamard_block
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-# Of the kernel's shared memory, see csrc/store.cu: elements between rows of a tile, and what its warps share.
-_PADDING, _COUNTER_BYTES = 8, 16
+# Of the kernel's shared memory, see csrc/store.cu: elements between rows of a tile.
+_PADDING = 8
+_CORE = 8  # outputs and inputs of a core matrix, in which the kernel takes T
 
 
 def tie(boundary: float) -> float:
@@ -38,18 +39,16 @@ class SideOperand:
     """One side's transform in the order of the kernel's registers.
 
     Attributes:
-        fragments: 16-bit B fragments of 16 x 16 blocks. A rotation's: `[KV heads or 1, D / 16, 32, 8]`, the diagonal
-            before blocks are mixed. A matrix's: `[KV heads or 1, D / 16 in, D / 16 out, 32, 8]`.
-        is_matrix: which of the two.
-        order: a rotation's order of channels, int32 `[KV heads, D / 16, 32]` (`Inbox::reorder`); None to leave it.
-        minus_mean: fp32 `[KV heads, D]`, minus the key mean, transformed, in the kernel's output unit; None for none.
+        matrix: T as core matrices, `[KV heads or 1, inputs / 8, D / 8, 8 outputs, 8 inputs]`, 16 bits. Keys have 16
+            inputs more than D: minus the mean, transformed, in three parts that the kernel multiplies by 1, and zeros.
+        is_rotation: it is a Hadamard rotation, which the kernel can do without most of the matrix.
+        has_mean: its mean is not zero.
         output_scale: a class each: kernel's output unit to transformed vectors.
     """
 
-    fragments: Tensor
-    is_matrix: bool
-    order: Tensor | None
-    minus_mean: Tensor | None
+    matrix: Tensor
+    is_rotation: bool
+    has_mean: bool
     output_scale: tuple[float, float]
 
 
@@ -77,9 +76,10 @@ def prepare(
         for side, name in zip((transform.key, transform.value), SIDES)
     )
     prepared = StoreTransform(fmt, head_size, dtype, *sides)
-    if prepared.key.is_matrix or prepared.value.is_matrix:
-        needs = dtype.itemsize * (head_size * head_size + UNIT_TOKENS * (head_size + _PADDING)) + _COUNTER_BYTES
-        require_shared_memory(needs, transform.key.kind, head_size, device)
+    if prepared.key.is_rotation and prepared.value.is_rotation:
+        return prepared
+    needs = dtype.itemsize * ((head_size + BLOCK) * head_size + UNIT_TOKENS * (head_size + _PADDING))
+    require_shared_memory(needs, transform.key.kind, head_size, device)
     return prepared
 
 
@@ -115,12 +115,10 @@ def store(
         cache,
         slot_mapping,
         transform.fmt.name,
-        transform.key.fragments,
-        transform.key.order,
-        transform.key.minus_mean,
-        transform.value.fragments,
-        transform.value.order,
-        [transform.key.is_matrix, transform.value.is_matrix],
+        transform.key.matrix,
+        transform.value.matrix,
+        [transform.key.is_rotation, transform.value.is_rotation],
+        transform.key.has_mean,
         [*transform.key.output_scale, *transform.value.output_scale],
         transform.head_size,
         transform.dtype,
@@ -137,12 +135,10 @@ def _launch(
     cache: Tensor,
     slot_mapping: Tensor,
     fmt_name: str,
-    key_fragments: Tensor,
-    key_order: Tensor | None,
-    key_minus_mean: Tensor | None,
-    value_fragments: Tensor,
-    value_order: Tensor | None,
-    is_matrix: list[bool],
+    key_matrix: Tensor,
+    value_matrix: Tensor,
+    is_rotation: list[bool],
+    has_mean: bool,
     output_scale: list[float],
     head_size: int,
     dtype: torch.dtype,
@@ -171,8 +167,8 @@ def _launch(
         module = module_for(store_extension(fmt, head_size, DTYPES[dtype]), cache.device)
         module.store(
             stream_of(cache.device),
-            _side_arguments(key, key_fragments, key_order, is_matrix[0], key_minus_mean, output_scale[:2], hot_key),
-            _side_arguments(value, value_fragments, value_order, is_matrix[1], None, output_scale[2:], hot_value),
+            _side_arguments(key, key_matrix, is_rotation[0], has_mean, output_scale[:2], hot_key),
+            _side_arguments(value, value_matrix, is_rotation[1], False, output_scale[2:], hot_value),
             slot_mapping.data_ptr(),
             address(hot_slots),
             cache.data_ptr(),
@@ -190,26 +186,11 @@ _store = traceable("store", _launch, writes=("cache", "hot_key", "hot_value", "n
 
 
 def _side_arguments(
-    x: Tensor,
-    fragments: Tensor,
-    order: Tensor | None,
-    is_matrix: bool,
-    minus_mean: Tensor | None,
-    scale: list[float],
-    pool: Tensor | None,
+    x: Tensor, matrix: Tensor, is_rotation: bool, has_mean: bool, scale: list[float], pool: Tensor | None
 ) -> tuple[int | float | bool, ...]:
-    return (
-        x.data_ptr(),
-        x.stride(0),
-        x.stride(1),
-        fragments.data_ptr(),
-        fragments.stride(0) * fragments.element_size() if fragments.shape[0] > 1 else 0,
-        address(order),
-        is_matrix,
-        address(minus_mean),
-        *scale,
-        address(pool),
-    )
+    matrix_stride = matrix.stride(0) * matrix.element_size() if matrix.shape[0] > 1 else 0
+    source = (x.data_ptr(), x.stride(0), x.stride(1), matrix.data_ptr(), matrix_stride)
+    return (*source, is_rotation, has_mean, *scale, address(pool))
 
 
 def _loadable(x: Tensor) -> Tensor:
@@ -228,40 +209,34 @@ def _side_operand(
     normed = side.kind in ("hadamard", "gain")
     scale = [hadamard_block(count) ** -0.5 if normed else 1.0 for count in segments]
     per_channel = torch.tensor([s for s, count in zip(scale, segments) for _ in range(count)], dtype=torch.float64)
-    minus_mean = None
-    if side.mean is not None:
-        turned = torch.einsum(
-            "hd,hed->he", side.mean.double().cpu(), side.forward.double().cpu().expand(side.mean.shape[0], -1, -1)
-        )
-        minus_mean = (-turned / per_channel).float().to(device).contiguous()
-    order = None
-    if normed:
-        factors = torch.tensor(signs(head_size, name), dtype=torch.float64)[None]
-        if side.order is not None and side.gain is not None:
-            factors = factors * side.gain.double().cpu()
-            order = _places(side.order.cpu()).to(device)
-        blocks = hadamard(BLOCK) * BLOCK**0.5 * factors.view(-1, 1, BLOCK)
-        fragments = _fragments(blocks, name, dtype).view(factors.shape[0], head_size // BLOCK, LANES, -1)
-    else:
-        fragments = _fragments(side.forward.double().cpu() / per_channel[:, None], name, dtype)
-    return SideOperand(fragments.to(device), not normed, order, minus_mean, (scale[0], scale[-1]))
+    forward = side.forward.double().cpu() / per_channel[:, None]
+    if name == "key":
+        mean = _mean_inputs(side.mean, forward, dtype)
+        forward = _dealt(torch.cat([forward.expand(mean.shape[0], -1, -1), mean], -1))
+    cores = forward.unflatten(2, (-1, _CORE)).unflatten(1, (-1, _CORE)).permute(0, 3, 1, 2, 4)
+    return SideOperand(
+        cores.to(dtype).contiguous().to(device), side.kind == "hadamard", side.mean is not None, (scale[0], scale[-1])
+    )
 
 
-def _fragments(matrix: Tensor, side: Side, dtype: torch.dtype) -> Tensor:
-    """`b_fragments` of `[H, N out, N in]`, whose rows csrc/store.cu deals to a block's 16 columns as it needs them."""
-    if side == "key":  # a lane's columns 2 c and 2 c + 1 of the two n tiles become channels 4 c to 4 c + 3, in turn
-        tile, pair, element = torch.meshgrid(torch.arange(2), torch.arange(4), torch.arange(2), indexing="ij")
-        within = (4 * pair + 2 * element + tile).flatten()
-        matrix = matrix.unflatten(1, (-1, BLOCK))[:, :, within].flatten(1, 2)
-    return b_fragments(matrix, dtype, grouped_in=False, grouped_out=False)
+def _mean_inputs(mean: Tensor | None, forward: Tensor, dtype: torch.dtype) -> Tensor:
+    """Minus the transformed mean as columns of T `[KV heads, D, 16]`: three parts of `dtype`, as good as fp32."""
+    if mean is None:
+        return torch.zeros(*forward.shape[:2], BLOCK, dtype=torch.float64)
+    rest = -torch.einsum("hd,hed->he", mean.double().cpu(), forward.expand(mean.shape[0], -1, -1))
+    columns = torch.zeros(*rest.shape, BLOCK, dtype=torch.float64)
+    for part in range(3):
+        columns[..., part] = rest.to(dtype).double()
+        rest = rest - columns[..., part]
+    return columns
 
 
-def _places(order: Tensor) -> Tensor:
-    """`order` `[KV heads, D]` -> the byte at which a lane's row of a channel's tokens begins (`Inbox::reorder`)."""
-    row_bytes = UNIT_TOKENS // 2 * 2
-    lane = torch.arange(LANES)
-    channel = order.unflatten(1, (-1, BLOCK))[..., lane // 16 * 8 + lane % 8]
-    return (row_bytes * (lane // 8 % 2 * order.shape[1] + channel)).int().contiguous()
+def _dealt(matrix: Tensor) -> Tensor:
+    """Rows of `[H, D, inputs]`, dealt so that a lane's columns 2 c and 2 c + 1 of a block's two n tiles are its
+    channels 4 c to 4 c + 3, in turn."""
+    tile, pair, element = torch.meshgrid(torch.arange(2), torch.arange(4), torch.arange(2), indexing="ij")
+    within = (4 * pair + 2 * element + tile).flatten()
+    return matrix.unflatten(1, (-1, BLOCK))[:, :, within].flatten(1, 2)
 
 
 assert UNIT_TOKENS == BLOCK  # a unit's tokens are the rows of one matrix instruction

@@ -30,20 +30,20 @@ def cpu_extension(fmt: Format, head_size: int) -> Extension:
 
 
 @cache
-def store_extension(fmt: Format, head_size: int, dtype: str, *, stmatrix: bool | None = None) -> Extension:
+def store_extension(fmt: Format, head_size: int, dtype: str, *, wgmma: bool | None = None) -> Extension:
     """The CUDA store, for one format, head size and dtype of keys and values (`bfloat16` or `float16`).
 
-    `stmatrix` False forces the path for GPUs without that instruction; None lets the architecture choose.
+    `wgmma` False forces the path for GPUs without that instruction; None lets the architecture choose.
     """
     check_head_size(head_size)
-    path = "" if stmatrix is None else f"_stmatrix{stmatrix:d}"
+    path = "" if wgmma is None else f"_wgmma{wgmma:d}"
     return _cuda_extension(
         f"manthanquant_store_{fmt.name}_d{head_size}_{dtype}{path}",
         "store",
         f"-DMQ_FORMAT={fmt.name.upper()}",
         f"-DMQ_HEAD_SIZE={head_size}",
         f"-DMQ_STORE_ELEMENT={_CUDA_TYPES[dtype]}",
-        *(() if stmatrix is None else (f"-DMQ_STMATRIX={stmatrix:d}",)),
+        *(() if wgmma is None else (f"-DMQ_WGMMA={wgmma:d}",)),
     )
 
 

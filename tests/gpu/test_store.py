@@ -132,6 +132,35 @@ def test_the_reference_s_bytes(fmt, head_size, dtype, kind):
     check_cache(cache, before, key, value, slots, fmt, transform)
 
 
+LARGE = [(fmt, 128, torch.bfloat16) for fmt in PAGED_FORMATS.values()] + [
+    (K3V3, 64, torch.bfloat16),
+    (K3V3, 128, torch.float16),
+    (K42V3, 256, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("kind", ["hadamard", "gain", "dense"])
+@pytest.mark.parametrize("fmt,head_size,dtype", LARGE, ids=lambda x: getattr(x, "name", str(x)))
+def test_many_tokens(fmt, head_size, dtype, kind):
+    """Enough for warpgroups: whole units, ragged ends, single tokens and holes beside each other in one."""
+    torch.manual_seed(2)
+    kv_heads = 8
+    case = make_case([1500, 1, 900, 16, 333, 5], [1500, 1, 890, 16, 300, 5], 64)
+    slots = case.slots([length - new for length, new in zip(case.lengths, case.new)]).cuda()
+    slots[torch.rand(slots.shape[0], device="cuda") < 0.01] = -1
+    key, value = (torch.randn(slots.shape[0], kv_heads, head_size, device="cuda").to(dtype) for _ in SIDES)
+    key[700, 1, 3], value[1600:1603] = math.inf, 0.0
+    key[1000:1005], value[2000:2005] = key[1000:1005] * 1e-5, value[2000:2005] * 1e4  # beyond fp16, transformed
+    transform = transforms(kind, fmt, head_size, kv_heads=kv_heads).to("cuda")
+    cache = new_cache(case.pages, 64, fmt, head_size, kv_heads)
+    before = cache.clone()
+    prepared = gpu.prepare(transform, fmt, head_size, dtype, torch.device("cuda"))
+    nonfinite = torch.zeros(1, dtype=torch.int64, device="cuda")
+    gpu.store(key, value, cache, slots, prepared, nonfinite=nonfinite)
+    check_cache(cache, before, key, value, slots, fmt, transform)
+    assert nonfinite.item() == int(slots[700] >= 0)
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 257])
 @pytest.mark.parametrize("start", [0, 1, 15])
 def test_any_chunk_at_any_offset(tokens, start):
@@ -147,10 +176,11 @@ def test_any_chunk_at_any_offset(tokens, start):
     check_cache(cache, before, key, value, slots, fmt, transform)
 
 
-def test_channels_reordered_without_stmatrix(monkeypatch):
-    """What serves architectures before sm_90."""
-    monkeypatch.setattr(gpu, "store_extension", partial(gpu.store_extension, stmatrix=False))
-    test_any_chunk_at_any_offset(65, 15)
+@pytest.mark.parametrize("kind", ["hadamard", "gain"])
+def test_without_wgmma(kind, monkeypatch):
+    """What serves architectures other than sm_90a, at a size at which that one uses warpgroups."""
+    monkeypatch.setattr(gpu, "store_extension", partial(gpu.store_extension, wgmma=False))
+    test_many_tokens(K42V3, 128, torch.bfloat16, kind)
 
 
 @pytest.mark.parametrize("tokens", [8, 40, 3000])  # spread thinly, a window a warp, several tiles a warp
