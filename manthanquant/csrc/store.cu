@@ -676,10 +676,12 @@ cudaError_t launch_store(const StoreParams& params, cudaStream_t stream) {
     if (p.sides[0].is_rotation && p.sides[1].is_rotation)
         return launch<RotationOperand, kRotationWarps, false, true>(p, processors, stream);
     if constexpr (MQ_WGMMA && kWholeGroups<CacheUnit::Key> && kWholeGroups<CacheUnit::Value>) {
+        // What keeps registers from spilling, which costs an eighth of the time.
+        constexpr bool kAtOnce = CacheUnit::Key::classes == 2;
         if (ceil_div(p.tokens, p.window) * pairs >= kManyTiles * processors)
-            return launch<MatrixOperand, kMatrixWarps, true, true>(p, processors, stream);
+            return launch<MatrixOperand, kMatrixWarps, true, kAtOnce>(p, processors, stream);
     }
-    // Asked for later here, for lack of registers: spilling costs a short launch a sixth of its time.
+    // The same: later.
     return launch<MatrixOperand, kMatrixWarps, false, false>(p, processors, stream);
 }
 
