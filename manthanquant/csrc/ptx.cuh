@@ -126,14 +126,6 @@ __device__ __forceinline__ void load_matrices(uint32_t (&fragments)[4], uint32_t
                  : "memory");
 }
 
-// The same, each transposed on its way.
-__device__ __forceinline__ void load_matrices_transposed(uint32_t (&fragments)[4], uint32_t row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(fragments[0]), "=r"(fragments[1]), "=r"(fragments[2]), "=r"(fragments[3])
-                 : "r"(row)
-                 : "memory");
-}
-
 // Transposes an 8 x 8 matrix of 16-bit elements that is spread over the warp: lane 4 g + c holds row g, columns 2 c
 // and 2 c + 1. Turns a C fragment into a B fragment without shared memory.
 __device__ __forceinline__ uint32_t transpose_8x8(uint32_t row_pair) {

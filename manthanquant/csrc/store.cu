@@ -177,11 +177,11 @@ public:
 
     // The same by the four warps of a warpgroup together, each with its own tile: a whole group of blocks.
     __device__ __forceinline__ void multiply_together(GroupOfY& y, int from, const XFragments& x) const {
-        const uint64_t first = wgmma_operand(shared_ + 2 * from * kCoreBytes, kCores * kCoreBytes, kCoreBytes);
+        const WgmmaOperand first(shared_ + 2 * from * kCoreBytes, kCores * kCoreBytes, kCoreBytes);
         wgmma_begin();
 #pragma unroll
         for (int in = 0; in < kBlocks + kHasMean; ++in)
-            wgmma_64<Element>(y, in > 0, x[in], wgmma_operand_at(first, in * kInputBytes));
+            wgmma_64<Element>(y, in > 0, x[in], first.at(in * kInputBytes));
         wgmma_end(y);
     }
 

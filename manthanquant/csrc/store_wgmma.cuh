@@ -7,9 +7,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#ifndef MQ_WGMMA  // 0 forces what serves other architectures
-#define MQ_WGMMA (MQ_SM == 90)
-#endif
+#include "wgmma.cuh"
 
 namespace mq {
 
@@ -28,20 +26,21 @@ using WgmmaSums = float[8][4];
     "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),   \
     "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]),   \
     "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
-#define MQ_WGMMA_64(type)                                                                                  \
-    asm volatile("{.reg .pred on_top; setp.ne.b32 on_top, %37, 0;"                                         \
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {"                          \
-                 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"                                  \
-                 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31},"                       \
-                 "{%32,%33,%34,%35}, %36, on_top, 1, 1, 0;}"                                               \
-                 : MQ_WGMMA_SUMS(d)                                                                        \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(on_top)))
+#define MQ_WGMMA_64(type)                                                                             \
+    asm volatile("{.reg .pred on_top; setp.ne.b32 on_top, %38, 0; .reg .b64 b; mov.b64 b, {%36,%37};" \
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {"                     \
+                 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"                             \
+                 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31},"                  \
+                 "{%32,%33,%34,%35}, b, on_top, 1, 1, 0;}"                                            \
+                 : MQ_WGMMA_SUMS(d)                                                                   \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.place), "r"(b.stride),           \
+                   "r"(static_cast<int>(on_top)))
 // clang-format on
 
 // C = A B or C += A B, m64n64k16. The warp's `a` is an A fragment of mma.m16n8k16. In between wgmma_begin and
 // wgmma_end, which all four warps reach together; until the end nothing else may touch `d`.
 template <class Element>
-__device__ __forceinline__ void wgmma_64(WgmmaSums& d, bool on_top, const uint32_t (&a)[4], uint64_t b) {
+__device__ __forceinline__ void wgmma_64(WgmmaSums& d, bool on_top, const uint32_t (&a)[4], WgmmaOperand b) {
 #if MQ_WGMMA
     if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
         MQ_WGMMA_64("bf16");
@@ -67,24 +66,6 @@ __device__ __forceinline__ void wgmma_end(WgmmaSums& d) {
 
 #undef MQ_WGMMA_64
 #undef MQ_WGMMA_SUMS
-
-// B operand in shared memory: core matrices of 8 columns x 8 elements of k, a column's elements contiguous, 128 bytes
-// each. `next_k`, `next_columns`: bytes from a core matrix to the next along k, to the next along columns.
-__device__ __forceinline__ uint64_t wgmma_operand(uint32_t shared, uint32_t next_k, uint32_t next_columns) {
-    return static_cast<uint64_t>(next_columns >> 4) << 32 | (shared >> 4 | (next_k >> 4) << 16);
-}
-
-// The same `bytes` further.
-__device__ __forceinline__ uint64_t wgmma_operand_at(uint64_t operand, uint32_t bytes) {
-    return (operand & 0xffffffff00000000u) | (static_cast<uint32_t>(operand) + (bytes >> 4));
-}
-
-// What this thread has written to shared memory is there for wgmma; a barrier must follow.
-__device__ __forceinline__ void wgmma_publish() {
-#if MQ_WGMMA
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
 
 // Whether any of the warpgroup's threads says so. `kBarrier`: 1 to 15, one a warpgroup.
 template <int kBarrier>
