@@ -8,7 +8,6 @@
 #include "decode.h"
 
 #include "decode_attention.cuh"
-#include "decode_dense.cuh"
 
 namespace mq {
 namespace {
@@ -63,14 +62,6 @@ DecodeBuild decode_build() {
 cudaError_t launch_decode(const DecodeParams& params, int ctas, bool small_teams, cudaStream_t stream) {
     return small_teams ? launch_variant<Built<kSmallTeam>>(params, ctas, stream)
                        : launch_variant<Built<kLargeTeam>>(params, ctas, stream);
-}
-
-cudaError_t launch_dense(const DenseParams& params, cudaStream_t stream) {
-    const int columns = ceil_div(MQ_HEAD_SIZE / 8, kDenseWarps);
-    int rows = ceil_div(params.tokens * params.group, kDenseRows);
-    rows = ceil_div(rows, ceil_div(params.kv_heads * rows * columns, kMostDenseCtas));  // alike for all
-    const dim3 grid(params.kv_heads, rows, columns);
-    return launch(dense_kernel<MQ_HEAD_SIZE>, grid, kDenseWarps * kLanes, 0, stream, params);
 }
 
 }  // namespace mq

@@ -1,5 +1,5 @@
 // The host's side of decode attention. A build holds one format, head size and row count, with or without the exact
-// tier; it starts one launch, or three with dense transforms.
+// tier; it works on all requests of a step in one launch.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -21,8 +21,5 @@ DecodeBuild decode_build();
 
 // Attention for every request. `ctas`: one a multiprocessor.
 cudaError_t launch_decode(const DecodeParams& params, int ctas, bool small_teams, cudaStream_t stream);
-
-// A dense transform: of queries before, of outputs after.
-cudaError_t launch_dense(const DenseParams& params, cudaStream_t stream);
 
 }  // namespace mq

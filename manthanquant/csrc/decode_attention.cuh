@@ -225,6 +225,29 @@ class SegmentPrologue {
         }
     }
 
+    // Multiplies the queries by a dense matrix, where there is one. Collective over the team.
+    __device__ __forceinline__ void multiply_queries(const DecodeParams& params, TeamShared<V>& shared,
+                                                     const Segment& segment, int team, int warp_in_team, int lane) {
+        if (params.key_matrix.fragments == nullptr) return;
+        float *rows = shared.coded.tile, *products = rows + V::kRows * V::kOutStride;
+        const auto for_each_element = [&](float* tile, auto body) {
+#pragma unroll
+            for (int i = 0; i < kRowsPerWarp; ++i)
+                if (const int own = row(i, warp_in_team); own < V::kRows)
+#pragma unroll
+                    for (int slot = 0; slot < Query::kSlots; ++slot)
+                        if (32 * slot + lane < V::kHeadSize)
+                            body(query_[i], slot, tile[own * V::kOutStride + 32 * slot + lane]);
+        };
+        for_each_element(rows,
+                         [&](Query& query, int slot, float& x) { x = to_float(query.raw[slot], params.query_dtype); });
+        team_barrier<V>(team);
+        multiply_rows<V>(params.key_matrix, segment.head, rows, products, warp_in_team, lane);
+        team_barrier<V>(team);
+        for_each_element(products, [&](Query& query, int slot, float& x) { query.transformed[slot] = x; });
+        team_barrier<V>(team);  // `finish` uses the memory otherwise
+    }
+
     // Writes what the team shares; a team barrier must follow.
     __device__ __forceinline__ void finish(const DecodeParams& params, TeamShared<V>& shared, const Segment& segment,
                                            int warp_in_team, int lane) {
@@ -295,6 +318,7 @@ __global__ void __launch_bounds__(V::kThreads, 1) decode_attention_kernel(const 
         await_previous_kernel();
         if (work.done()) return;
         prologue.load_queries(params, lane);  // before the flood of copies, which they would have to queue behind
+        prologue.multiply_queries(params, shared, work.segment, team_in_cta, warp_in_team, lane);
         stream.fill();
         prologue.finish(params, shared, work.segment, warp_in_team, lane);
     }
@@ -366,6 +390,7 @@ __global__ void __launch_bounds__(V::kThreads, 1) decode_attention_kernel(const 
         if (last) finish_pair<V>(params, shared, index, team_in_cta, segment, transform, coded, exact);
         if (work.done()) return;
         team_barrier<V>(team_in_cta);  // all are done with what the team shares
+        prologue.multiply_queries(params, shared, work.segment, team_in_cta, warp_in_team, lane);
         prologue.finish(params, shared, work.segment, warp_in_team, lane);
         if (index.thread() == 0) shared.work = work;
     }

@@ -32,6 +32,13 @@ void transform_field(py::class_<mq::DecodeParams>& cls, const char* name,
     });
 }
 
+// {fragments, elements between KV heads}
+void dense_field(py::class_<mq::DecodeParams>& cls, const char* name, mq::DenseTransform mq::DecodeParams::*member) {
+    cls.def_property(name, nullptr, [member](mq::DecodeParams& p, const std::tuple<uintptr_t, int64_t>& value) {
+        p.*member = {mq::pointer<const uint16_t>(std::get<0>(value)), std::get<1>(value)};
+    });
+}
+
 void bind_decode_params(py::module_& m) {
     using P = mq::DecodeParams;
     py::class_<P> cls(m, "DecodeParams", py::module_local());  // a process may load several builds
@@ -60,9 +67,8 @@ void bind_decode_params(py::module_& m) {
     transform_field(cls, "key_inverse", &P::key_inverse);
     transform_field(cls, "value_inverse", &P::value_inverse);
     pointer_field(cls, "key_mean", &P::key_mean);
-    pointer_field(cls, "transformed_query", &P::transformed_query);
-    pointer_field(cls, "coded_out", &P::coded_out);
-    pointer_field(cls, "exact_out", &P::exact_out);
+    dense_field(cls, "key_matrix", &P::key_matrix);
+    dense_field(cls, "value_matrix", &P::value_matrix);
     pointer_field(cls, "hot_key", &P::hot_key);
     pointer_field(cls, "hot_value", &P::hot_value);
     cls.def_readwrite("hot_slot_stride", &P::hot_slot_stride).def_readwrite("hot_head_stride", &P::hot_head_stride);
@@ -74,27 +80,10 @@ void bind_decode_params(py::module_& m) {
     cls.def_readwrite("negative_zero", &P::negative_zero);
 }
 
-void bind_dense_params(py::module_& m) {
-    using P = mq::DenseParams;
-    py::class_<P> cls(m, "DenseParams", py::module_local());
-    cls.def(py::init([] { return P{}; }));
-    pointer_field(cls, "in_", &P::in);
-    dtype_field(cls, "in_dtype", &P::in_dtype);
-    cls.def_readwrite("in_token_stride", &P::in_token_stride).def_readwrite("in_head_stride", &P::in_head_stride);
-    pointer_field(cls, "matrix", &P::matrix);
-    cls.def_readwrite("matrix_head_stride", &P::matrix_head_stride);
-    pointer_field(cls, "addend", &P::addend);
-    pointer_field(cls, "out", &P::out);
-    dtype_field(cls, "out_dtype", &P::out_dtype);
-    cls.def_readwrite("out_token_stride", &P::out_token_stride).def_readwrite("out_head_stride", &P::out_head_stride);
-    cls.def_readwrite("tokens", &P::tokens).def_readwrite("kv_heads", &P::kv_heads).def_readwrite("group", &P::group);
-}
-
 }  // namespace
 
 PYBIND11_MODULE(MQ_MODULE, m) {
     bind_decode_params(m);
-    bind_dense_params(m);
     const mq::DecodeBuild build = mq::decode_build();
     m.attr("ROWS") = build.rows;
     m.attr("PARTIAL_FLOATS") = build.partial_floats;
@@ -104,8 +93,5 @@ PYBIND11_MODULE(MQ_MODULE, m) {
     m.attr("SMALL_TEAM") = build.small_team;
     m.def("decode", [](const mq::DecodeParams& params, int ctas, bool small_teams, uintptr_t stream) {
         mq::check(mq::launch_decode(params, ctas, small_teams, mq::stream(stream)), "decode attention");
-    });
-    m.def("dense", [](const mq::DenseParams& params, uintptr_t stream) {
-        mq::check(mq::launch_dense(params, mq::stream(stream)), "dense transform");
     });
 }

@@ -190,6 +190,50 @@ __device__ __forceinline__ void merge_partials(const DecodeParams& params, const
     }
 }
 
+// Multiplies a pair's rows, [kRows][kOutStride] in shared memory, by a dense matrix. Collective over the team; barriers
+// must lie before and after.
+//
+// A warp takes tiles of eight output channels. A factor is a sum of two bf16, high and low; high * high + high * low +
+// low * high keeps 16 bits of it. In a k step of 16 channels lane 4 g + c has channels 4 c to 4 c + 3, and the matrix
+// is dealt alike: [KV head][channel tile][k step][lane]{high 0, high 1, low 0, low 1}, two bf16 each.
+template <class V>
+__device__ __forceinline__ void multiply_rows(const DenseTransform& transform, int kv_head, const float* rows,
+                                              float* products, int warp_in_team, int lane) {
+    constexpr int kSteps = V::kHeadSize / 16, kTiles = V::kHeadSize / 8, kHalves = V::kRows == 16 ? 2 : 1;
+    const int g = lane / 4, c = lane % 4;
+    const uint4* matrix = reinterpret_cast<const uint4*>(transform.fragments + kv_head * transform.head_stride) + lane;
+#pragma unroll 1
+    for (int tile = warp_in_team; tile < kTiles; tile += V::kTeamWarps) {
+        uint4 factor[kSteps];
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) factor[step] = __ldg(matrix + (tile * kSteps + step) * kLanes);
+        float sum[3][4] = {};
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+            uint32_t high[2][2] = {}, low[2][2] = {};
+#pragma unroll
+            for (int half = 0; half < kHalves; ++half) {
+                float4 x = {};
+                if (g + 8 * half < V::kRows)
+                    x = *reinterpret_cast<const float4*>(rows + (g + 8 * half) * V::kOutStride + 16 * step + 4 * c);
+                high[half][0] = pack_bf16(x.x, x.y), high[half][1] = pack_bf16(x.z, x.w);
+                low[half][0] = pack_bf16(bf16_residual(x.x), bf16_residual(x.y));
+                low[half][1] = pack_bf16(bf16_residual(x.z), bf16_residual(x.w));
+            }
+            const uint4 b = factor[step];
+            mma_bf16(sum[0], high[0][0], high[1][0], high[0][1], high[1][1], b.x, b.y);
+            mma_bf16(sum[1], high[0][0], high[1][0], high[0][1], high[1][1], b.z, b.w);
+            mma_bf16(sum[2], low[0][0], low[1][0], low[0][1], low[1][1], b.x, b.y);
+        }
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half)
+            if (g + 8 * half < V::kRows)
+                *reinterpret_cast<float2*>(products + (g + 8 * half) * V::kOutStride + 8 * tile + 2 * c) =
+                    make_float2(sum[0][2 * half] + (sum[1][2 * half] + sum[2][2 * half]),
+                                sum[0][2 * half + 1] + (sum[1][2 * half + 1] + sum[2][2 * half + 1]));
+    }
+}
+
 // Normalises a pair's rows, brings them back to the model's space and writes them. Collective over the team.
 template <class V>
 __device__ __forceinline__ void finish_pair(const DecodeParams& params, TeamShared<V>& shared,
@@ -225,20 +269,25 @@ __device__ __forceinline__ void finish_pair(const DecodeParams& params, TeamShar
     }
     team_barrier<V>(team);
 
+    const bool dense = params.value_matrix.fragments != nullptr;
+    if (dense) {
+        float* products = exact_tile + V::kRows * V::kOutStride;
+        multiply_rows<V>(params.value_matrix, segment.head, coded_tile, products, index.warp_in_team, lane);
+        coded_tile = products;
+        team_barrier<V>(team);
+    }
     for (int out_row = index.warp_in_team; out_row < V::kRows; out_row += V::kTeamWarps) {
         const RowPlace place = row_place<V::kRows>(params, segment, shared.queries.count, out_row);
         if (!place.valid) continue;
         const int64_t token = shared.queries.first + place.token;
         const float* coded_row = coded_tile + out_row * V::kOutStride;
         const float* exact_row = V::kHasExact ? exact_tile + out_row * V::kOutStride : nullptr;
-        if (params.coded_out != nullptr) {
-            const int64_t first = (token * params.kv_heads * params.group + place.head) * V::kHeadSize;
-            for (int channel = lane; channel < V::kHeadSize; channel += kLanes) {
-                params.coded_out[first + channel] = coded_row[channel];
-                if (V::kHasExact) params.exact_out[first + channel] = exact_row[channel];
-            }
+        const int64_t first = token * params.out_token_stride + place.head * params.out_head_stride;
+        if (dense) {
+            for (int channel = lane; channel < V::kHeadSize; channel += kLanes)
+                store_element(params.out, first + channel, params.out_dtype,
+                              coded_row[channel] + (V::kHasExact ? exact_row[channel] : 0.0f));
         } else {
-            const int64_t first = token * params.out_token_stride + place.head * params.out_head_stride;
             finish_class<typename V::Unit, 0>(params, transform, coded_row, exact_row, first, lane);
             if constexpr (V::Unit::Value::classes == 2)
                 finish_class<typename V::Unit, 1>(params, transform, coded_row, exact_row, first, lane);

@@ -15,6 +15,12 @@ struct StructuredTransform {
     int64_t head_stride;    // elements between KV heads; 0 when all share one
 };
 
+// A dense transform: rows times a matrix, or a null pointer. bf16 fragments, see multiply_rows.
+struct DenseTransform {
+    const uint16_t* fragments;
+    int64_t head_stride;  // elements between KV heads; 0 when all share one
+};
+
 struct DecodeParams {
     // The cache, strides in bytes; the units of one page and head are contiguous.
     const uint8_t* cache;
@@ -50,15 +56,13 @@ struct DecodeParams {
     int window;           // tokens a query sees, itself included; 0 for all
     const float* sink_logits;  // [heads], or null: a learned logit that takes part in the softmax and has no value
 
-    // Transforms. Key side: queries take the inverse transpose, so its factors are the reciprocals. Null
-    // `transformed_query` / `coded_out`: structured transforms, applied by the kernel. Otherwise the caller multiplies
-    // by dense matrices: fp32 [tokens, heads, D] in and out.
+    // Transforms, inverse. Key side: queries take the inverse transpose, so its factors are the reciprocals. A side is
+    // structured or dense.
     StructuredTransform key_inverse;
     StructuredTransform value_inverse;
     const float* key_mean;  // [KV heads, D], or null
-    const float* transformed_query;
-    float* coded_out;  // coded space, normalised
-    float* exact_out;  // the exact tier's share, in the model's space; only beside coded_out
+    DenseTransform key_matrix;    // queries times this
+    DenseTransform value_matrix;  // outputs times this
 
     // The exact tier: bf16 [slots, KV heads, 16, D], strides in elements. A unit of a sequence is exact if it is a
     // sink or recent and hot_slot [pages * page_units] is not negative there.
@@ -76,25 +80,6 @@ struct DecodeParams {
     int* arrivals;
 
     uint32_t negative_zero;  // 0x80008000, see high_half
-};
-
-// Rows times a dense matrix. Rows [tokens, heads, D]; row (t, h) meets the matrix of KV head h / group. Strides in
-// elements, channels contiguous; strides and addresses of `in` are multiples of four elements.
-struct DenseParams {
-    const void* in;
-    Dtype in_dtype;
-    int64_t in_token_stride;
-    int64_t in_head_stride;
-    const uint16_t* matrix;      // out[e] = sum_d in[d] matrix[d][e], as B fragments, see dense_kernel
-    int64_t matrix_head_stride;  // 0 when all KV heads share one
-    const float* addend;         // fp32 [tokens, heads, D] contiguous, or null
-    void* out;
-    Dtype out_dtype;
-    int64_t out_token_stride;
-    int64_t out_head_stride;
-    int tokens;
-    int kv_heads;
-    int group;
 };
 
 }  // namespace mq

@@ -169,9 +169,8 @@ template <int kHeadSize>
 struct QueryRow {
     static constexpr int kSlots = (kHeadSize + 31) / 32;
     int64_t first;          // of the row in the query
-    const float* coded;     // the row, already transformed; or null
     uint32_t raw[kSlots];   // channel 32 i + lane of the query
-    float transformed[kSlots];
+    float transformed[kSlots];  // by a dense matrix
 
     template <int kRows>
     __device__ __forceinline__ void locate(const DecodeParams& params, const Segment& segment,
@@ -181,8 +180,6 @@ struct QueryRow {
         const int64_t token = queries.first + (place.valid ? place.token : 0);
         const int head = place.valid ? place.head : segment.head * params.group;
         first = token * params.query_token_stride + head * params.query_head_stride;
-        coded = params.transformed_query;
-        if (coded != nullptr) coded += (token * params.kv_heads * params.group + head) * kHeadSize;
     }
 
     __device__ __forceinline__ void load(const DecodeParams& params, int lane) {
@@ -191,7 +188,6 @@ struct QueryRow {
             raw[i] = 0, transformed[i] = 0.0f;
             if (32 * i + lane >= kHeadSize) continue;
             raw[i] = load_raw(params.query, first + 32 * i + lane, params.query_dtype);
-            if (coded != nullptr) transformed[i] = coded[32 * i + lane];
         }
     }
 };
@@ -210,7 +206,7 @@ __device__ __forceinline__ void prepare_class(const DecodeParams& params, const 
         const int slot = Slots::first(kCls) + i, channel = transform.channel[slot];
         x[i] = channel >= 0 ? row_values[channel] * transform.factor[slot] : 0.0f;
     }
-    if (params.transformed_query == nullptr) hadamard<kChannels>(x, lane);
+    if (params.key_matrix.fragments == nullptr) hadamard<kChannels>(x, lane);
 
     float largest = 1e-30f;
     bool finite = true;
@@ -258,7 +254,7 @@ __device__ __forceinline__ void prepare_row(const DecodeParams& params, const Qu
         const int channel = 32 * i + lane;
         if (channel >= Unit::head_size) continue;
         const float x = to_float(query.raw[i], params.query_dtype);
-        scratch[channel] = query.coded != nullptr ? query.transformed[i] : x;
+        scratch[channel] = params.key_matrix.fragments != nullptr ? query.transformed[i] : x;
         mean_score += x * mean[i];
         if constexpr (kHasExact) {
             const __nv_bfloat16 high = __float2bfloat16(x);

@@ -108,7 +108,8 @@ struct SoftmaxState {
 // Each warp's output fragment and softmax state (maximum, sum), for the team to merge.
 template <class V>
 struct Fragments {
-    float tile[V::kTeamWarps * V::kTileFloats];
+    static constexpr int kRowTiles = 3 * V::kRows * V::kOutStride;  // what finish_pair keeps here afterwards
+    float tile[V::kTeamWarps * V::kTileFloats > kRowTiles ? V::kTeamWarps * V::kTileFloats : kRowTiles];
     float2 state[V::kTeamWarps][V::kRows];
 };
 

@@ -1,8 +1,8 @@
 """Decode attention on the GPU: softmax(q K^T) V over packed pages, for one or a few new tokens a request.
 
-`DecodeAttention` serves all layers of one shape. A call launches one kernel (three with dense transforms), allocates
-nothing when it is given `out`, and never waits for the GPU, so it can be captured in a CUDA graph; a captured call is
-right and balanced for any sequence lengths and block table it is replayed with, up to the shapes it was captured for.
+`DecodeAttention` serves all layers of one shape. A call launches one kernel, allocates nothing when it is given `out`,
+and never waits for the GPU, so it can be captured in a CUDA graph; a captured call is right and balanced for any
+sequence lengths and block table it is replayed with, up to the shapes it was captured for.
 
 Accuracy: queries are 15-bit and probabilities 16-bit integers; a dense matrix and what it multiplies are sums of two
 bf16. Against attention in fp64 over the dequantised cache the output's relative L2 error is below `ERROR_BOUND` (before
@@ -73,7 +73,7 @@ def _side_tables(transform: SideTransform, fmt: Format, side: Side, head_size: i
 
 
 def dense_fragments(matrix: Tensor) -> Tensor:
-    """What rows are multiplied by, `[H, D, D]`, dealt to lanes as csrc/decode_dense.cuh reads it.
+    """What rows are multiplied by, `[H, D, D]`, dealt to lanes as `multiply_rows` (csrc/decode_attention.cuh) reads it.
 
     bf16 `[H, D / 8, D / 16, lane, (high, low), (register, element)]`: output tiles, k steps.
     """
@@ -146,13 +146,11 @@ class DecodeAttention:
         pairs = max_requests * kv_heads * row_tiles
         most_teams = multiprocessors(device) * build.WARPS // build.SMALL_TEAM
         slots = (pairs + most_teams) * (2 if exact else 1)
-        shape = (max_requests * query_tokens, heads, head_size)
-        # Parts of a pair: tiles of output, weights of rows, how many have arrived. Rows of dense transforms: small.
+        # Parts of a pair: tiles of output, weights of rows, how many have arrived.
         self._scratch = [
             torch.empty(slots, build.PARTIAL_FLOATS, device=device, dtype=torch.float32),
             torch.empty(slots, build.ROWS, device=device, dtype=torch.float32),
             torch.zeros(pairs, device=device, dtype=torch.int32),
-            *(torch.empty(shape, device=device, dtype=torch.float32) for _ in range(3 if exact else 2)),
         ]
 
     def __call__(
@@ -248,14 +246,14 @@ def _launch(
     fmt, device, (heads, kv_heads, head_size, max_requests, query_tokens) = get_paged(fmt_name), query.device, limits
     build = _build(fmt_name, head_size, rows, exact, bulk_copy, device)
     (key_factor, key_order, key_matrix, key_mean), (value_factor, value_order, value_matrix) = key, value
-    _check_tensors(query, cache, out, fmt, heads, kv_heads, head_size, by_fours=key_matrix is not None)
+    _check_tensors(query, cache, out, fmt, heads, kv_heads, head_size)
     _check_requests(query, block_table, seq_lens, query_start_loc, max_requests, query_tokens)
     if hot:
         _check_hot(hot, kv_heads, head_size, sink_tokens, recent_tokens, build.MAX_EXACT_UNITS)
     requests, tokens = seq_lens.shape[0], query.shape[0]
     if requests == 0 or tokens == 0:
         return
-    tiles, weights, arrivals, query_rows, coded_rows, *exact_rows = scratch
+    tiles, weights, arrivals = scratch
     params, stream, ctas = build.DecodeParams(), stream_of(device), multiprocessors(device)
 
     params.cache, params.page_stride, params.head_stride = cache.data_ptr(), cache.stride(0), cache.stride(1)
@@ -285,17 +283,9 @@ def _launch(
     params.arrivals = arrivals.data_ptr()
     params.negative_zero = _NEGATIVE_ZERO
 
+    params.key_matrix, params.value_matrix = _dense(key_matrix), _dense(value_matrix)
     with torch.cuda.device(device):
-        if key_matrix is not None:
-            _multiply(build, query, key_matrix, query_rows[:tokens], None, kv_heads, stream)
-            params.transformed_query = query_rows.data_ptr()
-        if value_matrix is not None:
-            params.coded_out = coded_rows.data_ptr()
-            params.exact_out = address(exact_rows[0]) if exact else 0
         build.decode(params, ctas, requests * kv_heads * row_tiles >= _SMALL_TEAMS_FROM * ctas, stream)
-        if value_matrix is not None:
-            addend = exact_rows[0] if exact else None
-            _multiply(build, coded_rows[:tokens], value_matrix, out, addend, kv_heads, stream)
 
 
 _call = traceable("decode", _launch, writes=("scratch", "out"))
@@ -307,32 +297,13 @@ def _structured(factor: Tensor | None, order: Tensor | None) -> tuple[int, int, 
     return address(factor), address(order), stride
 
 
-def _multiply(
-    build: ModuleType, rows: Tensor, matrix: Tensor, out: Tensor, addend: Tensor | None, kv_heads: int, stream: int
-) -> None:
-    """Rows times a dense matrix a KV head, into `out`."""
-    params = build.DenseParams()
-    params.in_, params.in_dtype = rows.data_ptr(), _DTYPES[rows.dtype]
-    params.in_token_stride, params.in_head_stride = rows.stride(0), rows.stride(1)
-    params.matrix = matrix.data_ptr()
-    params.matrix_head_stride = 0 if matrix.shape[0] == 1 else matrix.stride(0)
-    params.addend = address(addend)
-    params.out, params.out_dtype = out.data_ptr(), _DTYPES[out.dtype]
-    params.out_token_stride, params.out_head_stride = out.stride(0), out.stride(1)
-    params.tokens, params.kv_heads, params.group = rows.shape[0], kv_heads, rows.shape[1] // kv_heads
-    build.dense(params, stream)
+def _dense(fragments: Tensor | None) -> tuple[int, int]:
+    """A dense transform as the binding takes it: fragments, elements between KV heads."""
+    return address(fragments), 0 if fragments is None or fragments.shape[0] == 1 else fragments.stride(0)
 
 
 def _check_tensors(
-    query: Tensor,
-    cache: Tensor,
-    out: Tensor,
-    fmt: Format,
-    heads: int,
-    kv_heads: int,
-    head_size: int,
-    *,
-    by_fours: bool,
+    query: Tensor, cache: Tensor, out: Tensor, fmt: Format, heads: int, kv_heads: int, head_size: int
 ) -> None:
     shape = (query.shape[0], heads, head_size)
     for name, tensor in (("query", query), ("out", out)):
@@ -342,11 +313,6 @@ def _check_tensors(
             raise ValueError(
                 f"{name}: shape {tuple(tensor.shape)}, strides {tensor.stride()}: need {shape} with contiguous channels"
             )
-    if by_fours and (query.stride(0) % 4 or query.stride(1) % 4 or query.data_ptr() % (4 * query.element_size())):
-        raise ValueError(
-            f"query: strides {query.stride()} and address must be multiples of four elements with a dense transform: "
-            "copy it"
-        )
     check_page_tokens(cache.shape[2])
     token_bytes = fmt.token_bytes(head_size)
     run = (kv_heads, cache.shape[2], token_bytes)

@@ -47,7 +47,7 @@ def test_the_operator_can_be_traced() -> None:
         "value": [table.float(), None, None],
         "sink_logits": None,
         "hot": [],
-        "scratch": [table.float()] * 5,
+        "scratch": [table.float()] * 3,
         "out": torch.empty_like(rows),
         "fmt_name": fmt.name,
         "rows": 4,
