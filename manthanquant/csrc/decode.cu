@@ -7,6 +7,8 @@
 //   MQ_BULK_COPY  0 forces the cp.async path where bulk copies exist
 #include "decode.h"
 
+#include <algorithm>
+
 #include "decode_attention.cuh"
 
 namespace mq {
@@ -18,14 +20,16 @@ constexpr int kRows = MQ_ROWS == 16 && (MQ_HEAD_SIZE > 128 || kSharedLimit < 160
 template <int kTeamWarps>
 using Built = Variant<MQ_FORMAT, MQ_HEAD_SIZE, kRows, kTeamWarps, MQ_EXACT>;
 
-// A large team is half of a large CTA, or all of a small one. Small teams are for very many pairs.
+// A large team is half of a large CTA, or all of a small one. Smaller ones are for so many pairs that each finds a team
+// of its own.
 constexpr int kWarps = Built<4>::kWarps;
 constexpr int kLargeTeam = kWarps > 8 ? kWarps / 2 : kWarps;
-constexpr int kSmallTeam = kLargeTeam == 6 || kRows == 16 ? 4 : kLargeTeam == 2 ? 2 : kLargeTeam / 2;
+constexpr int kSmallestTeam = smallest_team(kRows, MQ_EXACT);
+constexpr int kMediumTeam = kLargeTeam == 2 ? 2 : kLargeTeam == 6 ? 4 : std::max(kLargeTeam / 2, kSmallestTeam);
+constexpr int kSmallTeam = kLargeTeam == 6 ? 4 : std::min(kMediumTeam, kSmallestTeam);
 
-constexpr int kPartialFloats = Built<kLargeTeam>::kPartialFloats > Built<kSmallTeam>::kPartialFloats
-                                   ? Built<kLargeTeam>::kPartialFloats
-                                   : Built<kSmallTeam>::kPartialFloats;
+constexpr int kPartialFloats = std::max({Built<kLargeTeam>::kPartialFloats, Built<kMediumTeam>::kPartialFloats,
+                                         Built<kSmallTeam>::kPartialFloats});
 
 template <class Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared, cudaStream_t stream,
@@ -56,12 +60,13 @@ cudaError_t launch_variant(const DecodeParams& params, int ctas, cudaStream_t st
 
 DecodeBuild decode_build() {
     constexpr int kExactUnits = kMaxExactUnits < kLanes * kSmallTeam ? kMaxExactUnits : kLanes * kSmallTeam;
-    return {kRows, kPartialFloats, MQ_EXACT ? kExactUnits : 0, kWarps, kLargeTeam, kSmallTeam};
+    return {kRows, kPartialFloats, MQ_EXACT ? kExactUnits : 0, kWarps, kLargeTeam, kMediumTeam, kSmallTeam};
 }
 
-cudaError_t launch_decode(const DecodeParams& params, int ctas, bool small_teams, cudaStream_t stream) {
-    return small_teams ? launch_variant<Built<kSmallTeam>>(params, ctas, stream)
-                       : launch_variant<Built<kLargeTeam>>(params, ctas, stream);
+cudaError_t launch_decode(const DecodeParams& params, int ctas, int team_warps, cudaStream_t stream) {
+    if (team_warps == kLargeTeam) return launch_variant<Built<kLargeTeam>>(params, ctas, stream);
+    if (team_warps == kMediumTeam) return launch_variant<Built<kMediumTeam>>(params, ctas, stream);
+    return launch_variant<Built<kSmallTeam>>(params, ctas, stream);
 }
 
 }  // namespace mq

@@ -15,11 +15,12 @@ struct DecodeBuild {
     int max_exact_units;  // of a sequence; 0 without the exact tier
     int warps;            // a CTA
     int large_team;       // warps
+    int medium_team;
     int small_team;
 };
 DecodeBuild decode_build();
 
-// Attention for every request. `ctas`: one a multiprocessor.
-cudaError_t launch_decode(const DecodeParams& params, int ctas, bool small_teams, cudaStream_t stream);
+// Attention for every request. `ctas`: one a multiprocessor; `team_warps`: one of the build's team sizes.
+cudaError_t launch_decode(const DecodeParams& params, int ctas, int team_warps, cudaStream_t stream);
 
 }  // namespace mq

@@ -90,8 +90,9 @@ PYBIND11_MODULE(MQ_MODULE, m) {
     m.attr("MAX_EXACT_UNITS") = build.max_exact_units;
     m.attr("WARPS") = build.warps;
     m.attr("LARGE_TEAM") = build.large_team;
+    m.attr("MEDIUM_TEAM") = build.medium_team;
     m.attr("SMALL_TEAM") = build.small_team;
-    m.def("decode", [](const mq::DecodeParams& params, int ctas, bool small_teams, uintptr_t stream) {
-        mq::check(mq::launch_decode(params, ctas, small_teams, mq::stream(stream)), "decode attention");
+    m.def("decode", [](const mq::DecodeParams& params, int ctas, int team_warps, uintptr_t stream) {
+        mq::check(mq::launch_decode(params, ctas, team_warps, mq::stream(stream)), "decode attention");
     });
 }

@@ -1,4 +1,4 @@
-// Who works on what. The blocks of all (request, KV head, row tile) pairs form one list; each team of warps takes an
+// Who works on what. The blocks of all (KV head, request, row tile) pairs form one list; each team of warps takes an
 // equal stretch of it. Nothing is stored: every warp finds its stretch from the sequence lengths alone, so a captured
 // graph is balanced at whatever lengths it is replayed with.
 //
@@ -125,7 +125,8 @@ class Work {
             items += own.items * own.tiles;
             longest = max(longest, own.items);
         }
-        int total = __reduce_add_sync(kFullWarp, items) * params.kv_heads;
+        int head_length = __reduce_add_sync(kFullWarp, items);  // of one KV head's part of the list
+        int total = head_length * params.kv_heads;
         longest = __reduce_max_sync(kFullWarp, longest);
         const int least = ceil_div(total, teams), even = round_up(least, team_warps);
         const int most = even + even / kAlignmentSlack;
@@ -145,9 +146,10 @@ class Work {
                     const Load own = load_of(request);
                     parts += ceil_div(own.items, piece) * own.tiles;
                 }
-                parts = __reduce_add_sync(kFullWarp, parts) * params.kv_heads;
-                aligned_ = piece <= most && parts <= teams;
-                if (aligned_) stretch = piece, total = parts * piece;  // as long as its pieces
+                parts = __reduce_add_sync(kFullWarp, parts);
+                aligned_ = piece <= most && parts * params.kv_heads <= teams;
+                if (aligned_) stretch = piece, head_length = parts * piece;  // as long as its pieces
+                total = head_length * params.kv_heads;
             }
         }
         // The length of a pair in the list.
@@ -157,6 +159,8 @@ class Work {
         left_ = max(0, min(stretch, total - first));
         segment = {};
         if (left_ == 0) return;
+        segment.head = first / head_length;
+        const int in_head = first - segment.head * head_length;
         int before = 0;  // items of the requests before this round of 32
         for (int base = 0;; base += 32) {
             const Load own = base == 0 ? first_round : load_of(base + lane);
@@ -167,17 +171,15 @@ class Work {
                 const int other = __shfl_up_sync(kFullWarp, upto, step);
                 if (lane >= step) upto += other;
             }
-            const unsigned ends_later = __ballot_sync(kFullWarp, (before + upto) * params.kv_heads > first);
+            const unsigned ends_later = __ballot_sync(kFullWarp, before + upto > in_head);
             if (ends_later != 0) {
                 const int found = __ffs(ends_later) - 1;
                 const int items_before = before + __shfl_sync(kFullWarp, upto - own_padded, found);
                 const int pair_items = __shfl_sync(kFullWarp, own.items, found), pair_length = padded(pair_items);
-                const int tiles = __shfl_sync(kFullWarp, own.tiles, found);
-                const int offset = first - items_before * params.kv_heads, pair = offset / pair_length;
+                const int offset = in_head - items_before;
                 segment.request = base + found;
-                segment.head = tiles == 1 ? pair : pair / tiles;
-                segment.row_tile = pair - segment.head * tiles;
-                segment.begin = offset - pair * pair_length;
+                segment.row_tile = offset / pair_length;
+                segment.begin = offset - segment.row_tile * pair_length;
                 segment.end = min(pair_items, segment.begin + left_);
                 if (kHasExact && aligned_) left_ = segment.end - segment.begin;
                 return;
@@ -192,11 +194,12 @@ class Work {
         left_ -= segment.end - segment.begin;
         if (left_ == 0) return;
         Span span = request_span<kHasExact>(params, segment.request);
-        if (++segment.row_tile == span.row_tiles) segment.row_tile = 0, ++segment.head;
-        if (segment.head == params.kv_heads) {
-            segment.head = 0;
-            do span = request_span<kHasExact>(params, ++segment.request);
-            while (span.row_tiles == 0);
+        if (++segment.row_tile == span.row_tiles) {
+            segment.row_tile = 0;
+            do {
+                if (++segment.request == params.requests) segment.request = 0, ++segment.head;
+                span = request_span<kHasExact>(params, segment.request);
+            } while (span.row_tiles == 0);
         }
         segment.begin = 0;
         segment.end = min(span.items(), left_);
@@ -217,7 +220,7 @@ class Work {
 };
 
 __device__ __forceinline__ int pair_index(const DecodeParams& params, const Segment& segment) {
-    return (segment.request * params.kv_heads + segment.head) * params.row_tiles + segment.row_tile;
+    return (segment.head * params.requests + segment.request) * params.row_tiles + segment.row_tile;
 }
 
 // How many teams share the pair of a segment, and where its parts lie in scratch. Slots pair + team are distinct, and

@@ -27,13 +27,15 @@ constexpr int kMaxExactUnits = 128;  // a sequence's sinks and recent units; at 
 constexpr int kSharedLimit =                 // bytes a CTA may have
     (MQ_SM == 80 ? 163 : MQ_SM == 86 || MQ_SM == 89 || MQ_SM == 120 ? 99 : 227) * 1024;
 
-// Teams of a CTA, when they are small.
-constexpr int most_teams(int warps) { return warps > 8 ? 4 : 2; }
+// Warps of the smallest teams. The exact tier leaves no shared memory for more teams, sixteen rows need four warps.
+constexpr int smallest_team(int rows, bool has_exact) { return has_exact || rows == 16 ? 4 : 2; }
+constexpr int most_teams(int warps, int team_warps) { return warps / team_warps > 2 ? warps / team_warps : 2; }
 
 // The most warps up to `most` whose shares of shared memory fit beside what the teams take.
-constexpr int warps_that_fit(int most, int warp_bytes, int team_bytes) {
+constexpr int warps_that_fit(int most, int warp_bytes, int team_warps, int team_bytes) {
     for (int warps : {16, 12, 8, 4})
-        if (warps <= most && warps * warp_bytes + most_teams(warps) * team_bytes <= kSharedLimit) return warps;
+        if (warps <= most && warps * warp_bytes + most_teams(warps, team_warps) * team_bytes <= kSharedLimit)
+            return warps;
     return 2;
 }
 
@@ -54,15 +56,17 @@ struct Variant {
         kHeadSize > 128 || kRows == 16 ? 8 : (kRows == 8 && kHeadSize > 64 ? 12 : 16);
     static constexpr int kSlotBytes = slot_bytes<Unit, kHasExact>();
     static constexpr int kWarpBytes = kSlotBytes + (kHasExact ? 2 : 1) * kRows * kHeadSize * 4;
+    static constexpr int kSmallestTeam = smallest_team(kRows, kHasExact);
     static constexpr int kTeamBytes =
-        2 * kRows * (kHeadSize + 16) + (kHasExact ? 4 * (kRows * (kHeadSize + 8) + kMaxExactUnits) : 0) + 1024;
-    static constexpr int kWarps = warps_that_fit(kRegisterWarps, kWarpBytes, kTeamBytes);
+        2 * kRows * (kHeadSize + 16) + (kHasExact ? 4 * (kRows * (kHeadSize + 8) + kMaxExactUnits) : 0) + 1024 +
+        (kSmallestTeam == 2 ? 4 * kRows * (kHeadSize + 12) : 0);  // finished rows take more than two warps' fragments
+    static constexpr int kWarps = warps_that_fit(kRegisterWarps, kWarpBytes, kSmallestTeam, kTeamBytes);
     static constexpr int kTeams = kWarps / kTeamWarps;
     static constexpr int kThreads = kWarps * kLanes;
     // About 100 KB in flight fill the memory system; more makes the SMs finish unequally.
     static constexpr bool kTwoStages =
         2 * kWarps * kSlotBytes <= 112 * 1024 &&
-        kWarps * (kSlotBytes + kWarpBytes) + most_teams(kWarps) * kTeamBytes <= kSharedLimit;
+        kWarps * (kSlotBytes + kWarpBytes) + most_teams(kWarps, kSmallestTeam) * kTeamBytes <= kSharedLimit;
     static constexpr int kStages = kTwoStages ? 2 : 1;
 
     using Stream = ItemStream<Unit, kStages, kTeamWarps, kBulkCopy, kHasExact>;

@@ -30,7 +30,7 @@ ERROR_BOUND = 5e-4
 LOG2_E = math.log2(math.e)
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # csrc/decode_params.h, Dtype
 _NEGATIVE_ZERO = 0x80008000  # csrc/ptx.cuh, high_half
-_SMALL_TEAMS_FROM = 3.5  # pairs a multiprocessor, from where small teams are faster
+_SMALL_TEAMS_FROM = 3.5  # pairs a multiprocessor, from where medium teams are faster; small ones from twice as many
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _side_tables(transform: SideTransform, fmt: Format, side: Side, head_size: i
 
 
 def dense_fragments(matrix: Tensor) -> Tensor:
-    """What rows are multiplied by, `[H, D, D]`, dealt to lanes as `multiply_rows` (csrc/decode_attention.cuh) reads it.
+    """What rows are multiplied by, `[H, D, D]`, dealt to lanes as `multiply_rows` (csrc/decode_merge.cuh) reads it.
 
     bf16 `[H, D / 8, D / 16, lane, (high, low), (register, element)]`: output tiles, k steps.
     """
@@ -285,7 +285,14 @@ def _launch(
 
     params.key_matrix, params.value_matrix = _dense(key_matrix), _dense(value_matrix)
     with torch.cuda.device(device):
-        build.decode(params, ctas, requests * kv_heads * row_tiles >= _SMALL_TEAMS_FROM * ctas, stream)
+        build.decode(params, ctas, _team_warps(build, requests * kv_heads * row_tiles / ctas), stream)
+
+
+def _team_warps(build: ModuleType, pairs: float) -> int:
+    """The size of teams for so many pairs a multiprocessor."""
+    if pairs < _SMALL_TEAMS_FROM:
+        return build.LARGE_TEAM
+    return build.MEDIUM_TEAM if pairs < 2 * _SMALL_TEAMS_FROM else build.SMALL_TEAM
 
 
 _call = traceable("decode", _launch, writes=("scratch", "out"))

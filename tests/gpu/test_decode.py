@@ -9,6 +9,7 @@ import torch
 from support.decode_cases import Case, Inputs, expected, make_inputs, relative_error
 
 from manthanquant import reference
+from manthanquant.cuda import decode
 from manthanquant.cuda.decode import ERROR_BOUND, DecodeAttention, decode_transform
 from manthanquant.formats import PAGED_FORMATS, SUPPORTED_HEAD_SIZES
 
@@ -133,6 +134,23 @@ def test_several_query_tokens_are_causal(query_tokens: int, heads: int, window: 
 )
 def test_requests_with_different_numbers_of_new_tokens(options: dict) -> None:
     check(Case(query_tokens=4, new=(1, 4, 0, 2, 3, 1, 0), lengths=(1, 17, 40, 64, 700, 2000, 5), **options))
+
+
+@pytest.mark.parametrize("team", ["LARGE_TEAM", "MEDIUM_TEAM", "SMALL_TEAM"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lengths": RAGGED},
+        {"lengths": tuple(range(1, 301)), "heads": 4},  # several pairs a team, one after the other
+        {"lengths": tuple(range(1, 301)), "heads": 4, "format": "k42v42", "transform": "dense"},
+        {"lengths": RAGGED, "format": "k42v42", "transform": "dense", "key_mean": True, "soft_cap": 9.0},
+        {**EXACT, "lengths": tuple(range(1, 3000, 20)), "format": "k42v3", "transform": "gain", "key_mean": True},
+        {**EXACT, "lengths": tuple(range(1, 3000, 20)), "format": "k42v3", "transform": "dense", "key_mean": True},
+    ],
+)
+def test_team_sizes(monkeypatch: pytest.MonkeyPatch, options: dict, team: str) -> None:
+    monkeypatch.setattr(decode, "_team_warps", lambda build, pairs: getattr(build, team))
+    check(Case(**options))
 
 
 def test_requests_without_new_tokens_alone() -> None:
