@@ -89,7 +89,7 @@ __device__ __forceinline__ void multiply(Sums<Side::classes>& sums, const uint32
     for (int block = 0; block < kBlocks; ++block) {
         const int cls = block < kClassBlocks ? 0 : 1;
         const bool first = block == 0 || block == kClassBlocks;
-        wgmma_fp16(sums[cls], y[block], tiles.at(2 * block * kCoreBytes), !first);
+        wgmma<__half>(sums[cls], !first, y[block], tiles.at(2 * block * kCoreBytes));
     }
     wgmma_end(sums);
 #else

@@ -37,7 +37,7 @@
 #include "store.h"
 #include "store_pack.cuh"
 #include "store_quantize.cuh"
-#include "store_wgmma.cuh"
+#include "wgmma.cuh"
 
 namespace mq {
 namespace {
@@ -181,7 +181,7 @@ public:
         wgmma_begin();
 #pragma unroll
         for (int in = 0; in < kBlocks + kHasMean; ++in)
-            wgmma_64<Element>(y, in > 0, x[in], first.at(in * kInputBytes));
+            wgmma<Element>(y, in > 0, x[in], first.at(in * kInputBytes));
         wgmma_end(y);
     }
 
