@@ -77,7 +77,7 @@ def dense_fragments(matrix: Tensor) -> Tensor:
 
     bf16 `[H, D / 8, D / 16, lane, (high, low), (register, element)]`: output tiles, k steps.
     """
-    dealt = b_fragments(matrix.transpose(1, 2).float().cpu(), torch.float32, grouped_in=True, grouped_out=False)
+    dealt = b_fragments(matrix.transpose(1, 2).float().cpu(), torch.float32)
     dealt = dealt.unflatten(-1, (2, 4)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
     high = dealt.bfloat16()
     return torch.stack([high, (dealt - high.float()).bfloat16()], dim=-2).contiguous()

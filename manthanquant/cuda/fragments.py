@@ -11,19 +11,19 @@ BLOCK = 16  # channels of a matrix instruction's k, and of a pair of its n
 CORE = 8  # rows and columns that lie together in shared memory
 
 
-def b_fragments(matrix: Tensor, dtype: torch.dtype, *, grouped_in: bool, grouped_out: bool) -> Tensor:
+def b_fragments(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """T `[H, D out, D in]` as B fragments: `[H, D / 16 in, D / 16 out, lane, (n tile, register, element)]`.
 
-    Grouped: lane 4 g + c holds channels 4 c to 4 c + 3 of a block of 16 (of the A operand, or of the product).
-    Otherwise it holds 2 c, 2 c + 1, 2 c + 8 and 2 c + 9, which is the instruction's own order.
+    Lane 4 g + c of A holds channels 4 c to 4 c + 3 of a block of 16, and not those that the instruction itself would
+    give it, 2 c, 2 c + 1, 2 c + 8 and 2 c + 9; of the product it does hold the latter.
     """
     size = matrix.shape[-1]
     lane = torch.arange(LANES).view(-1, 1, 1, 1)
     tile, register, element = (torch.arange(2).view(shape) for shape in ((-1, 1, 1), (-1, 1), (-1,)))
     group, column = lane // 4, lane % 4
     blocks = torch.arange(size // BLOCK) * BLOCK
-    channel_in = 4 * column + 2 * register + element if grouped_in else 2 * column + 8 * register + element
-    channel_out = 4 * (group // 2) + 2 * tile + group % 2 if grouped_out else 8 * tile + group
+    channel_in = 4 * column + 2 * register + element
+    channel_out = 8 * tile + group
     return (
         matrix[:, blocks.view(-1, 1, 1, 1, 1) + channel_out, blocks.view(-1, 1, 1, 1, 1, 1) + channel_in]
         .flatten(-3)
@@ -38,8 +38,7 @@ def core_matrices(matrix: Tensor, dtype: torch.dtype, *, grouped_in: bool) -> Te
     Columns `out` are dealt so that lane 4 g + c of a product, which holds columns 2 c and 2 c + 1 of each block, has
     the 8 channels from 8 c on of each 32 (4 of each 16, where 32 do not divide the head).
 
-    `grouped_in`: lane 4 g + c of A holds channels 4 c to 4 c + 3 of a block of 16, and not those that the instruction
-    itself would give it, 2 c, 2 c + 1, 2 c + 8 and 2 c + 9.
+    `grouped_in`: A's channels are those of `b_fragments`; otherwise the instruction's own.
     """
     size = matrix.shape[-1]
     blocks = 4 if size % (4 * CORE) == 0 else 2  # whose columns are dealt among them
