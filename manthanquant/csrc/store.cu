@@ -132,13 +132,12 @@ constexpr int kCoreBytes = 8 * 8 * kElementBytes;
 constexpr int kCores = kHeadSize / 8;                 // along outputs
 constexpr int kInputBytes = 2 * kCores * kCoreBytes;  // of a block of inputs
 
-// Block `i` of a group of Y: a block of X times four core matrices. Lanes 8 m to 8 m + 7 point at the rows of number m:
-// half m % 2 of the block's inputs, half m / 2 of its outputs.
-__device__ __forceinline__ void multiply_block(GroupOfY& y, int i, bool first, const uint32_t (&x)[4], uint32_t row,
-                                               bool negate = false) {
-    uint32_t b[4];
-    load_matrices(b, row);
-    for (uint32_t& pair : b) pair ^= negate ? kSignBits : 0u;
+// B fragments of a block of inputs and a block of outputs: [half of the outputs][half of the inputs].
+using MatrixFragments = uint32_t[4];
+
+// Block `i` of a group of Y: a block of X times a block of T.
+__device__ __forceinline__ void multiply_block(GroupOfY& y, int i, bool first, const uint32_t (&x)[4],
+                                               const MatrixFragments& b) {
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
         if (first)
@@ -165,13 +164,17 @@ public:
 
     // Blocks `from` to `from` + `count` of Y = X T^T - T mean.
     __device__ __forceinline__ void multiply(GroupOfY& y, int from, int count, const XFragments& x) const {
-        const int m = lane_ / 8;  // see multiply_block
+        // Lanes 8 m to 8 m + 7 point at the rows of a core matrix: half m % 2 of the inputs, half m / 2 of the outputs.
+        const int m = lane_ / 8;
         const uint32_t row = shared_ + (m % 2 * kCores + 2 * from + m / 2) * kCoreBytes + lane_ % 8 * 16;
 #pragma unroll
         for (int in = 0; in < kBlocks + kHasMean; ++in) {
 #pragma unroll
-            for (int i = 0; i < count; ++i)
-                multiply_block(y, i, in == 0, x[in], row + in * kInputBytes + 2 * i * kCoreBytes);
+            for (int i = 0; i < count; ++i) {
+                MatrixFragments b;
+                load_matrices(b, row + in * kInputBytes + 2 * i * kCoreBytes);
+                multiply_block(y, i, in == 0, x[in], b);
+            }
         }
     }
 
@@ -189,6 +192,41 @@ private:
     uint32_t shared_;
     int lane_;
 };
+
+// T where it lies in global memory, by way of L1: for large heads, as not every GPU has the shared memory.
+template <class Side, bool kHasMean>
+class DistantOperand {
+public:
+    static constexpr int kBytes = 0;
+
+    // A lane has row lane / 4 of each core matrix, and a pair of its columns.
+    __device__ __forceinline__ DistantOperand(uint8_t*, const StoreSide& side, int head, int lane)
+        : pairs_(static_cast<const uint8_t*>(side.matrix) + head * side.matrix_head_stride + 4 * lane) {}
+
+    __device__ __forceinline__ void multiply(GroupOfY& y, int from, int count, const XFragments& x) const {
+#pragma unroll
+        for (int in = 0; in < kBlocks + kHasMean; ++in) {
+#pragma unroll
+            for (int i = 0; i < count; ++i) {
+                const uint8_t* const block = pairs_ + in * kInputBytes + 2 * (from + i) * kCoreBytes;
+                MatrixFragments b;
+#pragma unroll
+                for (int m = 0; m < 4; ++m)
+                    b[m] = *reinterpret_cast<const uint32_t*>(block + (m % 2 * kCores + m / 2) * kCoreBytes);
+                multiply_block(y, i, in == 0, x[in], b);
+            }
+            asm volatile("" ::: "memory");  // or the compiler loads much of T first, and spills
+        }
+    }
+
+private:
+    const uint8_t* pairs_;
+};
+
+// What single warps multiply by.
+template <class Side, bool kHasMean>
+using WarpOperand = std::conditional_t<MQ_WGMMA || kHeadSize <= 128, MatrixOperand<Side, kHasMean>,
+                                       DistantOperand<Side, kHasMean>>;
 
 // T = H diag(signs): H is block diagonal with Sylvester-Hadamard blocks, H[m][k] = (-1)^popcount(m & k) within a block.
 // Bits 0 to 3 of m and k are a product by matrix instructions, with one 16 x 16 matrix a block of channels, its signs
@@ -215,7 +253,7 @@ public:
     }
 
     __device__ __forceinline__ void multiply(GroupOfY& y, int from, int count, const XFragments& x) const {
-        const int m = lane_ / 8;  // see multiply_block
+        const int m = lane_ / 8;  // as in MatrixOperand
         const uint32_t row = shared_ + lane_ % 8 * 16;
 #pragma unroll
         for (int i = 0; i < count; ++i) {
@@ -223,8 +261,10 @@ public:
 #pragma unroll
             for (int in = 0; in < kBlocks; ++in) {
                 if (!R::mixes(in, from + i) || (in - from - i) % kGroup != 0) continue;
-                multiply_block(y, i, first, x[in], row + (4 * in + m % 2 * 2 + m / 2) * kCoreBytes,
-                               R::negates(in, from));
+                MatrixFragments b;
+                load_matrices(b, row + (4 * in + m % 2 * 2 + m / 2) * kCoreBytes);
+                for (uint32_t& pair : b) pair ^= R::negates(in, from) ? kSignBits : 0u;
+                multiply_block(y, i, first, x[in], b);
                 first = false;
             }
         }
@@ -244,9 +284,11 @@ public:
         }
         if (!has_mean_) return;
 #pragma unroll
-        for (int i = 0; i < count; ++i)
-            multiply_block(y, i, false, x[kBlocks],
-                           row + kMeanAt + (m % 2 * kCores + 2 * (from + i) + m / 2) * kCoreBytes);
+        for (int i = 0; i < count; ++i) {
+            MatrixFragments b;
+            load_matrices(b, row + kMeanAt + (m % 2 * kCores + 2 * (from + i) + m / 2) * kCoreBytes);
+            multiply_block(y, i, false, x[kBlocks], b);
+        }
     }
 
 private:
@@ -634,7 +676,6 @@ cudaError_t launch(const StoreParams& p, int processors, cudaStream_t stream) {
         status = cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (status != cudaSuccess) return status;
     const int fitting = (most_shared - kOperandBytes) / kWarpBytes;
-    if (fitting < 1) return cudaErrorInvalidConfiguration;  // Python says so before it comes to this
     const int pairs = 2 * p.kv_heads;  // of head and side
     const int windows = ceil_div(p.tokens, p.window);
     const int warps = kTogether ? kWarps : std::min({std::max(1, windows * pairs / processors), kWarps, fitting});
@@ -682,7 +723,7 @@ cudaError_t launch_store(const StoreParams& params, cudaStream_t stream) {
             return launch<MatrixOperand, kMatrixWarps, true, kAtOnce>(p, processors, stream);
     }
     // The same: later.
-    return launch<MatrixOperand, kMatrixWarps, false, false>(p, processors, stream);
+    return launch<WarpOperand, kMatrixWarps, false, false>(p, processors, stream);
 }
 
 }  // namespace mq

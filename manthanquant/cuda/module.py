@@ -29,18 +29,6 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def require_shared_memory(needs: int, kind: str, head_size: int, device: torch.device) -> None:
-    """Raises `ValueError` where a CTA of this GPU cannot have the `needs` bytes that a transform of `kind` takes."""
-    if device.type != "cuda":
-        return
-    has = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
-    if needs > has:
-        raise ValueError(
-            f"transform: a {kind} one of head size {head_size} needs {needs} bytes of shared memory, "
-            f"this GPU has {has}: calibrate with --calibration gain"
-        )
-
-
 def traceable(name: str, launch: Callable[..., None], *, writes: tuple[str, ...]) -> Callable[..., None]:
     """`launch`, which `torch.compile` sees as the operator `manthanquant::name`: opaque, with its writes declared.
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from manthanquant.cuda.fragments import BLOCK
-from manthanquant.cuda.module import address, module_for, require_shared_memory, stream_of, traceable
+from manthanquant.cuda.module import address, module_for, stream_of, traceable
 from manthanquant.formats import SIDES, UNIT_TOKENS, Format, Side, get_paged
 from manthanquant.jit.kernels import store_extension
 from manthanquant.packing import pages_as_units
@@ -24,8 +24,6 @@ from manthanquant.reference import HotPool
 from manthanquant.transform import LayerTransform, SideTransform, hadamard_block
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-# Of the kernel's shared memory, see csrc/store.cu: elements between rows of a tile.
-_PADDING = 8
 _CORE = 8  # outputs and inputs of a core matrix, in which the kernel takes T
 
 
@@ -75,12 +73,7 @@ def prepare(
         _side_operand(side, fmt, name, head_size, dtype, device)
         for side, name in zip((transform.key, transform.value), SIDES)
     )
-    prepared = StoreTransform(fmt, head_size, dtype, *sides)
-    if prepared.key.is_rotation and prepared.value.is_rotation:
-        return prepared
-    needs = dtype.itemsize * ((head_size + BLOCK) * head_size + UNIT_TOKENS * (head_size + _PADDING))
-    require_shared_memory(needs, transform.key.kind, head_size, device)
-    return prepared
+    return StoreTransform(fmt, head_size, dtype, *sides)
 
 
 def store(

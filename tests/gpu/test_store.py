@@ -176,11 +176,11 @@ def test_any_chunk_at_any_offset(tokens, start):
     check_cache(cache, before, key, value, slots, fmt, transform)
 
 
-@pytest.mark.parametrize("kind", ["hadamard", "gain"])
-def test_without_wgmma(kind, monkeypatch):
+@pytest.mark.parametrize(("head_size", "kind"), [(128, "hadamard"), (128, "gain"), (256, "gain"), (256, "dense")])
+def test_without_wgmma(head_size, kind, monkeypatch):
     """What serves architectures other than sm_90a, at a size at which that one uses warpgroups."""
     monkeypatch.setattr(gpu, "store_extension", partial(gpu.store_extension, wgmma=False))
-    test_many_tokens(K42V3, 128, torch.bfloat16, kind)
+    test_many_tokens(K42V3, head_size, torch.bfloat16, kind)
 
 
 @pytest.mark.parametrize("tokens", [8, 40, 3000])  # spread thinly, a window a warp, several tiles a warp
