@@ -56,6 +56,13 @@ test-gpu: python3 ## the CUDA kernels' tests, where there is an NVIDIA GPU and a
 		$(addprefix --format ,k3v3 k42v3 k42v42 k4v4)
 	PYTHONPATH=.:tests python3 -m pytest tests/gpu
 
+.PHONY: sanitize-gpu
+sanitize-gpu: python3 ## a reduced set of them under compute-sanitizer, once for memory and once for races
+	for tool in memcheck racecheck; do \
+		PYTHONPATH=.:tests compute-sanitizer --tool $$tool --kernel-regex kns=mq --error-exitcode 1 \
+			python3 -m pytest -m sanitized --override-ini timeout=0 tests/gpu || exit 1; \
+	done
+
 .PHONY: lint
 lint: environment ## style, types, import layers
 	.venv/bin/ruff check .

@@ -59,6 +59,7 @@ def check(case: Case) -> None:
     assert relative_error(run(case, inputs), expected(case, inputs)) < ERROR_BOUND
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("head_size", SUPPORTED_HEAD_SIZES)
 @pytest.mark.parametrize("name", PAGED_FORMATS)
 def test_formats_and_head_sizes(name: str, head_size: int) -> None:
@@ -76,12 +77,14 @@ def test_groups_of_sixteen(head_size: int) -> None:
     check(Case(format="k42v3", head_size=head_size, heads=32, lengths=(300, 1, 70)))
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("page_tokens", [16, 48, 64, 128])
 @pytest.mark.parametrize("cp_async", [False, True])
 def test_page_sizes_on_both_copy_paths(page_tokens: int, cp_async: bool) -> None:
     check(Case(format="k42v3", page_tokens=page_tokens, lengths=RAGGED, cp_async=cp_async))
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("kind", ["hadamard", "gain", "dense"])
 @pytest.mark.parametrize("key_mean", [False, True])
 def test_transforms(kind: str, key_mean: bool) -> None:
@@ -123,6 +126,7 @@ def test_several_query_tokens_are_causal(query_tokens: int, heads: int, window: 
     check(Case(query_tokens=query_tokens, heads=heads, window=window, lengths=(5, 17, 64, 700)))
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize(
     "options",
     [
@@ -136,6 +140,7 @@ def test_requests_with_different_numbers_of_new_tokens(options: dict) -> None:
     check(Case(query_tokens=4, new=(1, 4, 0, 2, 3, 1, 0), lengths=(1, 17, 40, 64, 700, 2000, 5), **options))
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("team", ["LARGE_TEAM", "MEDIUM_TEAM", "SMALL_TEAM"])
 @pytest.mark.parametrize(
     "options",
@@ -165,6 +170,7 @@ def test_longest_sequence() -> None:
     check(Case(lengths=(20000, 131072, 7), heads=4, kv_heads=1))
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("hot_missing", [0.0, 0.3, 1.0])
 def test_exact_tier(hot_missing: float) -> None:
     check(Case(hot_missing=hot_missing, **EXACT))

@@ -216,6 +216,7 @@ def test_the_reference_s_prefix(name: str, head_size: int, dtype: torch.dtype, k
     check_read(Batch(format=name, head_size=head_size, dtype=dtype, kind=kind))
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("head_size", SUPPORTED_HEAD_SIZES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_wgmma(kind: str, head_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,6 +225,7 @@ def test_without_wgmma(kind: str, head_size: int, monkeypatch: pytest.MonkeyPatc
     check_read(Batch(head_size=head_size, kind=kind))
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("window", [None, 1, 2, 30, 100])
 @pytest.mark.parametrize("page_tokens", [16, 48, 64])
 @pytest.mark.parametrize("exact", [False, True])
@@ -233,6 +235,7 @@ def test_windows_pages_and_the_exact_tier(page_tokens: int, window: int | None, 
     check_read(Batch(lengths=lengths, new=new, page_tokens=page_tokens, window=window, **tier))
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("dtype", HALF_ULP, ids=str)
 @pytest.mark.parametrize("tier", [{"sink_tokens": 5}, {"recent_tokens": 100}, {"sink_tokens": 4, "recent_tokens": 64}])
 def test_exact_copies(tier: dict[str, int], dtype: torch.dtype) -> None:
@@ -256,6 +259,7 @@ def test_attention_in_one_call_or_in_blocks(workspace_tokens: int, window: int |
     )
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("head_size", SUPPORTED_HEAD_SIZES)
 @pytest.mark.parametrize("dtype", HALF_ULP, ids=str)
 def test_merging_at_every_head_size(head_size: int, dtype: torch.dtype) -> None:

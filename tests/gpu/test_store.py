@@ -139,6 +139,7 @@ LARGE = [(fmt, 128, torch.bfloat16) for fmt in PAGED_FORMATS.values()] + [
 ]
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("kind", ["hadamard", "gain", "dense"])
 @pytest.mark.parametrize("fmt,head_size,dtype", LARGE, ids=lambda x: getattr(x, "name", str(x)))
 def test_many_tokens(fmt, head_size, dtype, kind):
@@ -176,6 +177,7 @@ def test_any_chunk_at_any_offset(tokens, start):
     check_cache(cache, before, key, value, slots, fmt, transform)
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize(("head_size", "kind"), [(128, "hadamard"), (128, "gain"), (256, "gain"), (256, "dense")])
 def test_without_wgmma(head_size, kind, monkeypatch):
     """What serves architectures other than sm_90a, at a size at which that one uses warpgroups."""
@@ -183,6 +185,7 @@ def test_without_wgmma(head_size, kind, monkeypatch):
     test_many_tokens(K42V3, head_size, torch.bfloat16, kind)
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("tokens", [8, 40, 3000])  # spread thinly, a window a warp, several tiles a warp
 @pytest.mark.parametrize("kind", ["hadamard", "gain", "dense"])
 def test_scattered_tokens_of_many_heads(tokens, kind):
@@ -267,6 +270,7 @@ def test_bad_vectors_become_zero_and_spread_nowhere(dtype):
     assert torch.equal(hot.value[1, 2, 1], torch.zeros(head_size, device="cuda").bfloat16())
 
 
+@pytest.mark.sanitized
 def test_zero_vectors_and_extremes():
     fmt, head_size = K42V3, 128
     transform = transforms("hadamard", fmt, head_size).to("cuda")
@@ -280,6 +284,7 @@ def test_zero_vectors_and_extremes():
     check_cache(cache, before, key, value, slots, fmt, transform)
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_hot_copies(dtype):
     fmt, head_size, tokens, slots_in_pool = K3V3, 128, 90, 9

@@ -23,6 +23,7 @@ def check(x):
     assert torch.equal(manthanquant.decode(on_gpu).cpu(), manthanquant.decode(on_cpu))
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_size", [1, 5, 16, 31, 32, 64, 80, 96, 100, 128, 192, 256, 257, 576, 1000])
 def test_every_size_and_dtype(head_size, dtype):
@@ -36,6 +37,7 @@ def test_bits_agree_on_many_vectors(dtype):
     check(torch.randn(200_000, 128, device="cuda").to(dtype))
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_zeros_signs_and_tiny_elements(dtype):
     """Zero lies on the middle boundary, -0 too, and a tiny element is not a zero."""
