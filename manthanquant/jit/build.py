@@ -105,8 +105,10 @@ def ship(extension: Extension, arch: Arch, directory: Path, *, toolchain: Toolch
 
 def load(name: str, result: BuildResult) -> ModuleType:
     """Import the module of a build. Raises `JitError` where the dynamic linker refuses it."""
-    loader = importlib.machinery.ExtensionFileLoader(name, str(result.path))
-    spec = importlib.util.spec_from_file_location(name, result.path, loader=loader)
+    # Under a name of its own: pybind11 answers for a name it knows with the module it has, also from another build.
+    own_name = f"{result.digest}.{name}"
+    loader = importlib.machinery.ExtensionFileLoader(own_name, str(result.path))
+    spec = importlib.util.spec_from_file_location(own_name, result.path, loader=loader)
     assert spec is not None
     try:
         module = importlib.util.module_from_spec(spec)

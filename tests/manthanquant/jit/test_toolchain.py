@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import time
@@ -39,6 +40,13 @@ def test_builds_and_loads(tiny: Extension, tmp_path: Path) -> None:
     load("tiny", again)
     print(f"warm load: {time.perf_counter() - started:.3f} s")
     assert again.source == "Cached"
+
+
+def test_two_builds_of_one_name_in_a_process(tiny: Extension, tmp_path: Path) -> None:
+    """As where a process sees GPUs of two architectures."""
+    other = dataclasses.replace(tiny, generated=(("answer.h", "constexpr int kAnswer = 43;"),))
+    first, second = (load("tiny", obtain(x, detect_cpu(), cache_dir=tmp_path / "cache")) for x in (tiny, other))
+    assert (first.answer(), second.answer()) == (42, 43)
 
 
 def test_a_compile_error_is_one_line(tiny: Extension, tmp_path: Path) -> None:
