@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from manthanquant.cuda.fragments import BLOCK
+from manthanquant.cuda.fragments import BLOCK, CORE
 from manthanquant.cuda.module import address, module_for, stream_of, traceable
 from manthanquant.formats import SIDES, UNIT_TOKENS, Format, Side, get_paged
 from manthanquant.jit.kernels import store_extension
@@ -24,7 +24,6 @@ from manthanquant.reference import HotPool
 from manthanquant.transform import LayerTransform, SideTransform, hadamard_block
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_CORE = 8  # outputs and inputs of a core matrix, in which the kernel takes T
 
 
 def tie(boundary: float) -> float:
@@ -206,7 +205,7 @@ def _side_operand(
     if name == "key":
         mean = _mean_inputs(side.mean, forward, dtype)
         forward = _dealt(torch.cat([forward.expand(mean.shape[0], -1, -1), mean], -1))
-    cores = forward.unflatten(2, (-1, _CORE)).unflatten(1, (-1, _CORE)).permute(0, 3, 1, 2, 4)
+    cores = forward.unflatten(2, (-1, CORE)).unflatten(1, (-1, CORE)).permute(0, 3, 1, 2, 4)
     return SideOperand(
         cores.to(dtype).contiguous().to(device), side.kind == "hadamard", side.mean is not None, (scale[0], scale[-1])
     )
