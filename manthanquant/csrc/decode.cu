@@ -17,8 +17,8 @@ namespace {
 // Sixteen rows need more registers or shared memory than a large head or a small GPU leaves: there it is eight, twice.
 constexpr int kRows = MQ_ROWS == 16 && (MQ_HEAD_SIZE > 128 || kSharedLimit < 160 * 1024) ? 8 : MQ_ROWS;
 
-template <int kTeamWarps>
-using Built = Variant<MQ_FORMAT, MQ_HEAD_SIZE, kRows, kTeamWarps, MQ_EXACT>;
+template <int kTeamWarps, bool kDense = false>
+using Built = Variant<MQ_FORMAT, MQ_HEAD_SIZE, kRows, kTeamWarps, MQ_EXACT, kDense>;
 
 // A large team is half of a large CTA, or all of a small one. Smaller ones are for so many pairs that each finds a team
 // of its own.
@@ -56,6 +56,13 @@ cudaError_t launch_variant(const DecodeParams& params, int ctas, cudaStream_t st
     return launch(decode_attention_kernel<V>, ctas, V::kThreads, kShared, stream, params);
 }
 
+template <bool kDense>
+cudaError_t launch_teams(const DecodeParams& params, int ctas, int team_warps, cudaStream_t stream) {
+    if (team_warps == kLargeTeam) return launch_variant<Built<kLargeTeam, kDense>>(params, ctas, stream);
+    if (team_warps == kMediumTeam) return launch_variant<Built<kMediumTeam, kDense>>(params, ctas, stream);
+    return launch_variant<Built<kSmallTeam, kDense>>(params, ctas, stream);
+}
+
 }  // namespace
 
 DecodeBuild decode_build() {
@@ -64,9 +71,13 @@ DecodeBuild decode_build() {
 }
 
 cudaError_t launch_decode(const DecodeParams& params, int ctas, int team_warps, cudaStream_t stream) {
-    if (team_warps == kLargeTeam) return launch_variant<Built<kLargeTeam>>(params, ctas, stream);
-    if (team_warps == kMediumTeam) return launch_variant<Built<kMediumTeam>>(params, ctas, stream);
-    return launch_variant<Built<kSmallTeam>>(params, ctas, stream);
+    // Structured transforms have a kernel without dense products, which cost it registers; with sixteen rows the one
+    // that knows both spills less.
+    if constexpr (kRows < 16) {
+        if (params.key_matrix.fragments == nullptr && params.value_matrix.fragments == nullptr)
+            return launch_teams<false>(params, ctas, team_warps, stream);
+    }
+    return launch_teams<true>(params, ctas, team_warps, stream);
 }
 
 }  // namespace mq

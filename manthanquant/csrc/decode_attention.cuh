@@ -20,9 +20,11 @@
 // Softmax is in powers of two: scores carry a factor log2(e).
 //
 // Below: a warp's loop over its blocks, and the kernel. A block's scores are in decode_scores.cuh, its values in
-// decode_values.cuh, merging in decode_merge.cuh; decode_plan.cuh deals out the work, decode_stream.cuh copies blocks.
+// decode_values.cuh, merging in decode_merge.cuh, products with dense matrices in decode_dense.cuh; decode_plan.cuh
+// deals out the work, decode_stream.cuh copies blocks.
 #pragma once
 
+#include "decode_dense.cuh"
 #include "decode_exact.cuh"
 #include "decode_merge.cuh"
 #include "decode_plan.cuh"
@@ -225,30 +227,15 @@ class SegmentPrologue {
         }
     }
 
-    // Multiplies the queries by a dense matrix, where there is one. Collective over the team.
-    __device__ __forceinline__ void multiply_queries(const DecodeParams& params, TeamShared<V>& shared,
-                                                     const Segment& segment, int team, int warp_in_team, int lane) {
-        if (params.key_matrix.fragments == nullptr) return;
-        float *rows = shared.coded.tile, *products = rows + V::kRows * V::kOutStride;
-        const auto for_each_element = [&](float* tile, auto body) {
-#pragma unroll
-            for (int i = 0; i < kRowsPerWarp; ++i)
-                if (const int own = row(i, warp_in_team); own < V::kRows)
-#pragma unroll
-                    for (int slot = 0; slot < Query::kSlots; ++slot)
-                        if (32 * slot + lane < V::kHeadSize)
-                            body(query_[i], slot, tile[own * V::kOutStride + 32 * slot + lane]);
-        };
-        for_each_element(rows,
-                         [&](Query& query, int slot, float& x) { x = to_float(query.raw[slot], params.query_dtype); });
-        team_barrier<V>(team);
-        multiply_rows<V>(params.key_matrix, segment.head, rows, products, warp_in_team, lane);
-        team_barrier<V>(team);
-        for_each_element(products, [&](Query& query, int slot, float& x) { query.transformed[slot] = x; });
-        team_barrier<V>(team);  // `finish` uses the memory otherwise
+    // Leaves the queries where a dense matrix multiplies them; a barrier must follow.
+    __device__ __forceinline__ void place_queries(const DecodeParams& params, TeamShared<V>& shared, int warp_in_team,
+                                                  int lane) {
+        for_each_element(warp_in_team, lane, [&](const Query& query, int row, int slot, int channel) {
+            shared.rows.split.store(row, channel, to_float(query.raw[slot], params.query_dtype));
+        });
     }
 
-    // Writes what the team shares; a team barrier must follow.
+    // Writes what the team shares; a team barrier must follow. With a dense matrix: after the product.
     __device__ __forceinline__ void finish(const DecodeParams& params, TeamShared<V>& shared, const Segment& segment,
                                            int warp_in_team, int lane) {
         const int thread = warp_in_team * kLanes + lane;
@@ -261,7 +248,7 @@ class SegmentPrologue {
             shared.row_end[thread] = end;
             shared.row_begin[thread] = params.window > 0 ? max(0, end - params.window) : 0;
         }
-        ExactQueryTile<V::kRows, V::kHeadSize>* exact_query = nullptr;
+        SplitRows<V::kRows, V::kHeadSize>* exact_query = nullptr;
         if constexpr (V::kHasExact) {
             exact_query = &shared.exact.query;
 #pragma unroll
@@ -270,12 +257,19 @@ class SegmentPrologue {
                 if (exact < kMaxExactUnits) shared.exact.slots[exact] = slot_[i];
             }
         }
+        const bool dense = V::kDense && params.key_matrix.fragments != nullptr;
+        if constexpr (V::kDense) {
+            if (dense)
+                for_each_element(warp_in_team, lane, [&](const Query&, int row, int, int channel) {
+                    shared.rows.row[row][channel] = shared.rows.product(row, channel);
+                });
+        }
 #pragma unroll
         for (int i = 0; i < kRowsPerWarp; ++i)
             if (const int own = row(i, warp_in_team); own < V::kRows)
                 prepare_row<typename V::Unit, V::kHasExact>(params, query_[i], transform_, mean_, own,
-                                                            shared.coded.tile + own * V::kHeadSize, shared.query,
-                                                            exact_query, lane);
+                                                            shared.rows.row[own], shared.query, exact_query, dense,
+                                                            lane);
     }
 
   private:
@@ -284,6 +278,18 @@ class SegmentPrologue {
 
     using Query = QueryRow<V::kHeadSize>;
     static constexpr int kSlotsPerThread = ceil_div(kMaxExactUnits, V::kTeamWarps * kLanes);
+
+    // Calls body(query, row, slot, channel) for each element of this lane's queries.
+    template <class Body>
+    __device__ __forceinline__ void for_each_element(int warp_in_team, int lane, Body body) {
+#pragma unroll
+        for (int i = 0; i < kRowsPerWarp; ++i)
+            if (const int own = row(i, warp_in_team); own < V::kRows)
+#pragma unroll
+                for (int slot = 0; slot < Query::kSlots; ++slot)
+                    if (const int channel = 32 * slot + lane; channel < V::kHeadSize)
+                        body(query_[i], own, slot, channel);
+    }
 
     QueryRange queries_ = {};
     int length_ = 0;
@@ -294,45 +300,86 @@ class SegmentPrologue {
     int slot_[kSlotsPerThread] = {};  // of exact units thread, thread + team size, ...
 };
 
+// Multiplies the rows of a team by a dense matrix. Collective over the team.
+template <class V>
+__device__ __forceinline__ void multiply_rows(const DenseTransform& transform, TeamShared<V>& shared,
+                                              const ShareIndex<V>& index, int team, int kv_head) {
+    DenseProduct<V, V::kTeamWarps> product;
+    product.begin(transform, kv_head, index.warp_in_team, index.lane);
+    if (index.thread() == 0) shared.dense_head = kv_head;
+    team_barrier<V>(team);
+    product.template multiply<1>(transform, &shared, index.warp_in_team, index.lane);
+    team_barrier<V>(team);
+}
+
+// Multiplies the rows of all teams of a CTA by dense matrices, of KV head `kv_head` those of this team, or none: -1.
+// Collective over the CTA; `product` may have begun.
+template <class V>
+__device__ __forceinline__ void multiply_all_rows(const DenseTransform& transform, TeamShared<V>* teams,
+                                                  TeamShared<V>& shared, const ShareIndex<V>& index, int team,
+                                                  int kv_head, DenseProduct<V, V::kWarps>& product) {
+    if (index.thread() == 0) shared.dense_head = kv_head;
+    cta_barrier<V>(team);
+    product.template multiply<V::kTeams>(transform, teams, team * V::kTeamWarps + index.warp_in_team, index.lane);
+    cta_barrier<V>(team);
+}
+
 template <class V>
 __global__ void __launch_bounds__(V::kThreads, 1) decode_attention_kernel(const __grid_constant__ DecodeParams params) {
     extern __shared__ __align__(128) uint8_t shared_bytes[];
     using Layout = SharedLayout<V>;
     allow_next_kernel();
-    const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-    const int team_in_cta = warp / V::kTeamWarps, warp_in_team = warp % V::kTeamWarps;
+    const int warp = threadIdx.x / kLanes, team_in_cta = warp / V::kTeamWarps;
+    ShareIndex<V> index = share_index<V>(threadIdx.x);
     const int team = blockIdx.x * V::kTeams + team_in_cta, teams = gridDim.x * V::kTeams;
     uint8_t* team_bytes = shared_bytes + Layout::kTeamsOffset + team_in_cta * Layout::kTeamBytes;
     auto& shared = *reinterpret_cast<TeamShared<V>*>(team_bytes);
-    const ShareIndex<V> index{warp_in_team, lane};
 
     Work<V::kHasExact> work(params, team, teams, V::kTeamWarps);
-    typename V::Stream stream(params, work, warp_in_team, shared_bytes + warp * V::Stream::kRingBytes,
+    typename V::Stream stream(params, work, index.warp_in_team, shared_bytes + warp * V::Stream::kRingBytes,
                               reinterpret_cast<typename V::Stream::Shared*>(shared_bytes + Layout::kStreams)[warp]);
+    auto* const teams_shared = reinterpret_cast<TeamShared<V>*>(shared_bytes + Layout::kTeamsOffset);
     if (index.thread() == 0) shared.work = work;
     {
         SegmentPrologue<V> prologue;
-        prologue.locate(params, work.segment, warp_in_team);
-        prologue.load_constants(params, work.segment, warp_in_team, lane);
+        DenseProduct<V, V::kWarps> product;
+        // Not with the exact tier: for that there are too few registers.
+        if constexpr (V::kDense && !V::kHasExact) product.begin(params.key_matrix, work.segment.head, warp, index.lane);
+        prologue.locate(params, work.segment, index.warp_in_team);
+        prologue.load_constants(params, work.segment, index.warp_in_team, index.lane);
         // So far only tables and the model's constants were read; the kernel in front may still be writing the rest.
         await_previous_kernel();
-        if (work.done()) return;
-        prologue.load_queries(params, lane);  // before the flood of copies, which they would have to queue behind
-        prologue.multiply_queries(params, shared, work.segment, team_in_cta, warp_in_team, lane);
+        // With dense products a team without work goes along, with the first request's queries: the others need it at
+        // the CTA's barriers, and a branch here would hold up the loads.
+        if constexpr (!V::kDense)
+            if (work.done()) return;
+        prologue.load_queries(params, index.lane);  // before the flood of copies, which they would have to queue behind
         stream.fill();
-        prologue.finish(params, shared, work.segment, warp_in_team, lane);
+        const bool dense_keys = V::kDense && params.key_matrix.fragments != nullptr;
+        if constexpr (V::kDense)
+            if (dense_keys) prologue.place_queries(params, shared, index.warp_in_team, index.lane);
+        stream.prefetch();  // not sooner: it waits for a page id
+        if constexpr (V::kDense) {
+            if (dense_keys)
+                multiply_all_rows<V>(params.key_matrix, teams_shared, shared, index, team_in_cta,
+                                     work.done() ? -1 : work.segment.head, product);
+        }
+        prologue.finish(params, shared, work.segment, index.warp_in_team, index.lane);
     }
 
-    while (true) {
+    const bool dense_values = V::kDense && params.value_matrix.fragments != nullptr;
+    bool has_rows = false;  // the team's last ones, for all warps of the CTA to multiply
+    while (!work.done()) {
         team_barrier<V>(team_in_cta);
         {
             SoftmaxState<V::kRowsPerLane> state;
             float out[V::kChannelTiles][V::kRowsPerLane] = {};
-            attend_coded<V>(params, shared, stream, shared.work.segment, warp_in_team, lane, state, out);
-            store_fragment<V>(shared.coded, warp_in_team, lane, state, out);
+            attend_coded<V>(params, shared, stream, shared.work.segment, index.warp_in_team, index.lane, state, out);
+            store_fragment<V>(shared.coded, index.warp_in_team, index.lane, state, out);
         }
         // Read again, not kept in registers while blocks were read.
         work = shared.work;
+        if constexpr (V::kDense) index = share_index<V>(thread_again());
         const Segment segment = work.segment;
         const Span span = shared.span;
         const bool has_exact = V::kHasExact && segment.end > span.coded_blocks;
@@ -340,8 +387,8 @@ __global__ void __launch_bounds__(V::kThreads, 1) decode_attention_kernel(const 
             if (has_exact) {
                 SoftmaxState<V::kRowsPerLane> state;
                 float out[V::kChannelTiles][V::kRowsPerLane];
-                attend_exact<V>(params, shared, stream, segment, warp_in_team, lane, state, out);
-                store_fragment<V>(shared.exact.fragments, warp_in_team, lane, state, out);
+                attend_exact<V>(params, shared, stream, segment, index.warp_in_team, index.lane, state, out);
+                store_fragment<V>(shared.exact.fragments, index.warp_in_team, index.lane, state, out);
             }
         }
 
@@ -379,20 +426,49 @@ __global__ void __launch_bounds__(V::kThreads, 1) decode_attention_kernel(const 
 
         // What the next segment needs is on its way while this one is finished.
         TransformRow<typename V::Unit::Value> transform;
-        transform.load(params.value_inverse, segment.head, lane);
+        transform.load(params.value_inverse, segment.head, index.lane);
         work.next(params);
+        if constexpr (V::kDense) {
+            if (last && dense_values) {
+                normalise_rows<V>(params, shared, index, team_in_cta, segment, true, coded, exact);
+                if (work.done()) {
+                    has_rows = true;
+                    break;
+                }
+                multiply_rows<V>(params.value_matrix, shared, index, team_in_cta, segment.head);
+                write_products<V>(params, shared, index, segment);
+            }
+        }
         SegmentPrologue<V> prologue;
         if (!work.done()) {
-            prologue.locate(params, work.segment, warp_in_team);
-            prologue.load_queries(params, lane);
-            prologue.load_constants(params, work.segment, warp_in_team, lane);
+            prologue.locate(params, work.segment, index.warp_in_team);
+            prologue.load_queries(params, index.lane);
+            prologue.load_constants(params, work.segment, index.warp_in_team, index.lane);
         }
-        if (last) finish_pair<V>(params, shared, index, team_in_cta, segment, transform, coded, exact);
-        if (work.done()) return;
+        if (last && !dense_values) {
+            normalise_rows<V>(params, shared, index, team_in_cta, segment, false, coded, exact);
+            team_barrier<V>(team_in_cta);
+            write_structured<V>(params, shared, index, segment, transform);
+        }
+        if (work.done()) break;
         team_barrier<V>(team_in_cta);  // all are done with what the team shares
-        prologue.multiply_queries(params, shared, work.segment, team_in_cta, warp_in_team, lane);
-        prologue.finish(params, shared, work.segment, warp_in_team, lane);
+        if constexpr (V::kDense) {
+            if (params.key_matrix.fragments != nullptr) {
+                prologue.place_queries(params, shared, index.warp_in_team, index.lane);
+                multiply_rows<V>(params.key_matrix, shared, index, team_in_cta, work.segment.head);
+            }
+        }
+        prologue.finish(params, shared, work.segment, index.warp_in_team, index.lane);
         if (index.thread() == 0) shared.work = work;
+    }
+    if constexpr (V::kDense) {
+        if (!dense_values) return;
+        DenseProduct<V, V::kWarps> product;
+        const Segment segment = work.segment;
+        product.begin(params.value_matrix, segment.head, warp, index.lane);  // teams mostly meet one KV head
+        multiply_all_rows<V>(params.value_matrix, teams_shared, shared, index, team_in_cta,
+                             has_rows ? segment.head : -1, product);
+        if (has_rows) write_products<V>(params, shared, index, segment);
     }
 }
 

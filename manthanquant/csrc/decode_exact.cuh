@@ -56,7 +56,7 @@ struct ExactRows {
 // Scores of one unit: `scores[half][h]` of token g + 8 half and row kRowsPerLane * c + h, not scaled.
 template <int kRows, int kHeadSize>
 __device__ __forceinline__ void score_exact_unit(const ExactRows<kHeadSize>& keys,
-                                                 const ExactQueryTile<kRows, kHeadSize>& query, int lane,
+                                                 const SplitRows<kRows, kHeadSize>& query, int lane,
                                                  float (&scores)[2][kRows / 4]) {
     const int g = lane / 4, c = lane % 4;
     float sum[column_tiles<kRows>()][4] = {};

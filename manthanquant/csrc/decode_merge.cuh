@@ -44,6 +44,19 @@ struct ShareIndex {
     __device__ int channel_tile(int i) const { return tile_row(i) / V::kRowsPerLane; }
 };
 
+template <class V>
+__device__ __forceinline__ ShareIndex<V> share_index(unsigned thread) {
+    return {static_cast<int>(thread / kLanes % V::kTeamWarps), static_cast<int>(thread % kLanes)};
+}
+
+// threadIdx.x, which the compiler does not know for the same: what follows from it is computed again where it is needed
+// next, and not kept in registers, of which there are none left, while blocks are read.
+__device__ __forceinline__ unsigned thread_again() {
+    unsigned thread = threadIdx.x;
+    asm volatile("" : "+r"(thread));
+    return thread;
+}
+
 // The same values as one vector in memory.
 template <class V>
 struct alignas(V::kShare % 4 == 0 ? 16 : V::kShare % 2 == 0 ? 8 : 4) ShareVector {
@@ -190,57 +203,12 @@ __device__ __forceinline__ void merge_partials(const DecodeParams& params, const
     }
 }
 
-// Multiplies a pair's rows, [kRows][kOutStride] in shared memory, by a dense matrix. Collective over the team; barriers
-// must lie before and after.
-//
-// A warp takes tiles of eight output channels. A factor is a sum of two bf16, high and low; high * high + high * low +
-// low * high keeps 16 bits of it. In a k step of 16 channels lane 4 g + c has channels 4 c to 4 c + 3, and the matrix
-// is dealt alike: [KV head][channel tile][k step][lane]{high 0, high 1, low 0, low 1}, two bf16 each.
+// Normalises a pair's rows; `dense`: for a product with a matrix. A barrier must follow. Collective over the team.
 template <class V>
-__device__ __forceinline__ void multiply_rows(const DenseTransform& transform, int kv_head, const float* rows,
-                                              float* products, int warp_in_team, int lane) {
-    constexpr int kSteps = V::kHeadSize / 16, kTiles = V::kHeadSize / 8, kHalves = V::kRows == 16 ? 2 : 1;
-    const int g = lane / 4, c = lane % 4;
-    const uint4* matrix = reinterpret_cast<const uint4*>(transform.fragments + kv_head * transform.head_stride) + lane;
-#pragma unroll 1
-    for (int tile = warp_in_team; tile < kTiles; tile += V::kTeamWarps) {
-        uint4 factor[kSteps];
-#pragma unroll
-        for (int step = 0; step < kSteps; ++step) factor[step] = __ldg(matrix + (tile * kSteps + step) * kLanes);
-        float sum[3][4] = {};
-#pragma unroll
-        for (int step = 0; step < kSteps; ++step) {
-            uint32_t high[2][2] = {}, low[2][2] = {};
-#pragma unroll
-            for (int half = 0; half < kHalves; ++half) {
-                float4 x = {};
-                if (g + 8 * half < V::kRows)
-                    x = *reinterpret_cast<const float4*>(rows + (g + 8 * half) * V::kOutStride + 16 * step + 4 * c);
-                high[half][0] = pack_bf16(x.x, x.y), high[half][1] = pack_bf16(x.z, x.w);
-                low[half][0] = pack_bf16(bf16_residual(x.x), bf16_residual(x.y));
-                low[half][1] = pack_bf16(bf16_residual(x.z), bf16_residual(x.w));
-            }
-            const uint4 b = factor[step];
-            mma_bf16(sum[0], high[0][0], high[1][0], high[0][1], high[1][1], b.x, b.y);
-            mma_bf16(sum[1], high[0][0], high[1][0], high[0][1], high[1][1], b.z, b.w);
-            mma_bf16(sum[2], low[0][0], low[1][0], low[0][1], low[1][1], b.x, b.y);
-        }
-#pragma unroll
-        for (int half = 0; half < kHalves; ++half)
-            if (g + 8 * half < V::kRows)
-                *reinterpret_cast<float2*>(products + (g + 8 * half) * V::kOutStride + 8 * tile + 2 * c) =
-                    make_float2(sum[0][2 * half] + (sum[1][2 * half] + sum[2][2 * half]),
-                                sum[0][2 * half + 1] + (sum[1][2 * half + 1] + sum[2][2 * half + 1]));
-    }
-}
-
-// Normalises a pair's rows, brings them back to the model's space and writes them. Collective over the team.
-template <class V>
-__device__ __forceinline__ void finish_pair(const DecodeParams& params, TeamShared<V>& shared,
-                                            const ShareIndex<V>& index, int team, const Segment& segment,
-                                            const TransformRow<typename V::Unit::Value>& transform, Share<V>& coded,
-                                            Share<V>& exact) {
-    const int lane = index.lane, row = index.row();
+__device__ __forceinline__ void normalise_rows(const DecodeParams& params, TeamShared<V>& shared,
+                                               const ShareIndex<V>& index, int team, const Segment& segment, bool dense,
+                                               Share<V>& coded, Share<V>& exact) {
+    const int row = index.row();
     float highest = fmaxf(coded.max, exact.max), sink = 0.0f;
     if (params.sink_logits != nullptr) {
         constexpr float kLog2E = 1.442695041f;
@@ -257,42 +225,56 @@ __device__ __forceinline__ void finish_pair(const DecodeParams& params, TeamShar
     const float norm = total == 0.0f ? 0.0f : 1.0f / total;  // 0: a padded request of length 0
 
     team_barrier<V>(team);  // all have read the fragments
-    float* coded_tile = shared.coded.tile;
-    float* exact_tile = coded_tile + V::kRows * V::kOutStride;
+    RowBuffers<V>& rows = shared.rows;
 #pragma unroll
     for (int i = 0; i < V::kShare; ++i) {
         if (!index.exists(i)) continue;
-        const int tile = index.channel_tile(i), g = lane / 4;
-        coded_tile[row * V::kOutStride + 8 * tile + g] = coded.value[i] * norm;
+        const int tile = index.channel_tile(i), g = index.lane / 4;
+        const float value = coded.value[i] * norm;
+        if constexpr (V::kDense)
+            if (dense) rows.split.store(row, 8 * tile + g, value);
+        if (!dense) rows.row[row][8 * tile + g] = value;
         if constexpr (V::kHasExact)
-            exact_tile[row * V::kOutStride + ExactRows<V::kHeadSize>::channel(tile, g)] = exact.value[i] * norm;
+            rows.exact[row][ExactRows<V::kHeadSize>::channel(tile, g)] = exact.value[i] * norm;
     }
-    team_barrier<V>(team);
+}
 
-    const bool dense = params.value_matrix.fragments != nullptr;
-    if (dense) {
-        float* products = exact_tile + V::kRows * V::kOutStride;
-        multiply_rows<V>(params.value_matrix, segment.head, coded_tile, products, index.warp_in_team, lane);
-        coded_tile = products;
-        team_barrier<V>(team);
-    }
-    for (int out_row = index.warp_in_team; out_row < V::kRows; out_row += V::kTeamWarps) {
-        const RowPlace place = row_place<V::kRows>(params, segment, shared.queries.count, out_row);
+// Calls body(row, element) for each of a warp's rows; `element`: of the output, where the row begins.
+template <class V, class Body>
+__device__ __forceinline__ void for_each_output_row(const DecodeParams& params, const TeamShared<V>& shared,
+                                                    const ShareIndex<V>& index, const Segment& segment, Body body) {
+    for (int row = index.warp_in_team; row < V::kRows; row += V::kTeamWarps) {
+        const RowPlace place = row_place<V::kRows>(params, segment, shared.queries.count, row);
         if (!place.valid) continue;
         const int64_t token = shared.queries.first + place.token;
-        const float* coded_row = coded_tile + out_row * V::kOutStride;
-        const float* exact_row = V::kHasExact ? exact_tile + out_row * V::kOutStride : nullptr;
-        const int64_t first = token * params.out_token_stride + place.head * params.out_head_stride;
-        if (dense) {
-            for (int channel = lane; channel < V::kHeadSize; channel += kLanes)
-                store_element(params.out, first + channel, params.out_dtype,
-                              coded_row[channel] + (V::kHasExact ? exact_row[channel] : 0.0f));
-        } else {
-            finish_class<typename V::Unit, 0>(params, transform, coded_row, exact_row, first, lane);
-            if constexpr (V::Unit::Value::classes == 2)
-                finish_class<typename V::Unit, 1>(params, transform, coded_row, exact_row, first, lane);
-        }
+        body(row, token * params.out_token_stride + place.head * params.out_head_stride);
     }
+}
+
+// Brings a pair's rows back to the model's space by a structured transform and writes them. Collective over the team.
+template <class V>
+__device__ __forceinline__ void write_structured(const DecodeParams& params, const TeamShared<V>& shared,
+                                                 const ShareIndex<V>& index, const Segment& segment,
+                                                 const TransformRow<typename V::Unit::Value>& transform) {
+    for_each_output_row<V>(params, shared, index, segment, [&](int row, int64_t first) {
+        const float *coded = shared.rows.row[row], *exact = V::kHasExact ? shared.rows.exact[row] : nullptr;
+        finish_class<typename V::Unit, 0>(params, transform, coded, exact, first, index.lane);
+        if constexpr (V::Unit::Value::classes == 2)
+            finish_class<typename V::Unit, 1>(params, transform, coded, exact, first, index.lane);
+    });
+}
+
+// Writes a pair's rows that were multiplied by a dense matrix. Collective over the team.
+template <class V>
+__device__ __forceinline__ void write_products(const DecodeParams& params, const TeamShared<V>& shared,
+                                               const ShareIndex<V>& index, const Segment& segment) {
+    for_each_output_row<V>(params, shared, index, segment, [&](int row, int64_t first) {
+        for (int channel = index.lane; channel < V::kHeadSize; channel += kLanes) {
+            float value = shared.rows.product(row, channel);
+            if constexpr (V::kHasExact) value += shared.rows.exact[row][channel];
+            store_element(params.out, first + channel, params.out_dtype, value);
+        }
+    });
 }
 
 // Tells whether all teams that share the pair have stored their parts; true for one team only. Collective over the

@@ -15,7 +15,7 @@ struct StructuredTransform {
     int64_t head_stride;    // elements between KV heads; 0 when all share one
 };
 
-// A dense transform: rows times a matrix, or a null pointer. bf16 fragments, see multiply_rows.
+// A dense transform: rows times a matrix, or a null pointer. bf16 fragments, see DenseProduct.
 struct DenseTransform {
     const uint16_t* fragments;
     int64_t head_stride;  // elements between KV heads; 0 when all share one

@@ -99,11 +99,17 @@ __device__ __forceinline__ int column_row(int plane, int g) {
     return kRows == 4 ? g / 2 : kRows / 4 * (g / 2) + plane / 2 * 2 + g % 2;
 }
 
-// The same row as bf16, for exact keys: high + low is the query to 16 bits (bf16 queries have low = 0).
+// Rows as bf16, for exact keys and dense matrices: high + low is an element to 16 bits (bf16 queries have low = 0).
 template <int kRows, int kHeadSize>
-struct ExactQueryTile {
+struct SplitRows {
     static constexpr int kStride = kHeadSize + 8;
     alignas(16) __nv_bfloat16 planes[2][kRows][kStride];
+
+    __device__ __forceinline__ void store(int row, int channel, float x) {
+        const __nv_bfloat16 high = __float2bfloat16(x);
+        planes[0][row][channel] = high;
+        planes[1][row][channel] = __float2bfloat16(x - __bfloat162float(high));
+    }
 };
 
 // Which query a row of a tile is.
@@ -168,9 +174,8 @@ __device__ __forceinline__ bool needs_mean_score(const DecodeParams& params) {
 template <int kHeadSize>
 struct QueryRow {
     static constexpr int kSlots = (kHeadSize + 31) / 32;
-    int64_t first;          // of the row in the query
-    uint32_t raw[kSlots];   // channel 32 i + lane of the query
-    float transformed[kSlots];  // by a dense matrix
+    int64_t first;         // of the row in the query
+    uint32_t raw[kSlots];  // channel 32 i + lane of the query
 
     template <int kRows>
     __device__ __forceinline__ void locate(const DecodeParams& params, const Segment& segment,
@@ -185,18 +190,18 @@ struct QueryRow {
     __device__ __forceinline__ void load(const DecodeParams& params, int lane) {
 #pragma unroll
         for (int i = 0; i < kSlots; ++i) {
-            raw[i] = 0, transformed[i] = 0.0f;
-            if (32 * i + lane >= kHeadSize) continue;
-            raw[i] = load_raw(params.query, first + 32 * i + lane, params.query_dtype);
+            raw[i] = 0;
+            if (32 * i + lane < kHeadSize) raw[i] = load_raw(params.query, first + 32 * i + lane, params.query_dtype);
         }
     }
 };
 
-// One class of one row: transform, quantise, store. `row_values`: the query's channels, in shared memory.
+// One class of one row: transform, quantise, store. `row_values`: the query's channels, in shared memory; `dense`:
+// already multiplied by a matrix.
 template <class Unit, int kCls, int kRows>
 __device__ __forceinline__ void prepare_class(const DecodeParams& params, const float* row_values,
                                               const TransformRow<typename Unit::Key>& transform, int row,
-                                              QueryTile<kRows, Unit::head_size>& tile, int lane) {
+                                              QueryTile<kRows, Unit::head_size>& tile, bool dense, int lane) {
     using Key = typename Unit::Key;
     using Slots = RowSlots<Key>;
     constexpr int kChannels = Key::channels(kCls), kBits = Key::bits(kCls), kSlots = Slots::count(kCls);
@@ -206,7 +211,7 @@ __device__ __forceinline__ void prepare_class(const DecodeParams& params, const 
         const int slot = Slots::first(kCls) + i, channel = transform.channel[slot];
         x[i] = channel >= 0 ? row_values[channel] * transform.factor[slot] : 0.0f;
     }
-    if (params.key_matrix.fragments == nullptr) hadamard<kChannels>(x, lane);
+    if (!dense) hadamard<kChannels>(x, lane);
 
     float largest = 1e-30f;
     bool finite = true;
@@ -241,32 +246,29 @@ __device__ __forceinline__ void prepare_class(const DecodeParams& params, const 
 }
 
 // Collective over a warp: one row of a pair into the tiles. `mean`: the key mean, channel 32 i + lane. `scratch`: D
-// floats of shared memory for this warp, by which channels change lanes.
+// floats of shared memory for this warp, by which channels change lanes; `dense`: they hold the row times a matrix.
 template <class Unit, bool kHasExact, int kRows>
 __device__ __forceinline__ void prepare_row(const DecodeParams& params, const QueryRow<Unit::head_size>& query,
                                             const TransformRow<typename Unit::Key>& transform,
                                             const float (&mean)[QueryRow<Unit::head_size>::kSlots], int row,
                                             float* scratch, QueryTile<kRows, Unit::head_size>& tile,
-                                            ExactQueryTile<kRows, Unit::head_size>* exact_tile, int lane) {
+                                            SplitRows<kRows, Unit::head_size>* exact_tile, bool dense,
+                                            int lane) {
     float mean_score = 0.0f;
 #pragma unroll
     for (int i = 0; i < QueryRow<Unit::head_size>::kSlots; ++i) {
         const int channel = 32 * i + lane;
         if (channel >= Unit::head_size) continue;
         const float x = to_float(query.raw[i], params.query_dtype);
-        scratch[channel] = params.key_matrix.fragments != nullptr ? query.transformed[i] : x;
+        if (!dense) scratch[channel] = x;
         mean_score += x * mean[i];
-        if constexpr (kHasExact) {
-            const __nv_bfloat16 high = __float2bfloat16(x);
-            exact_tile->planes[0][row][channel] = high;
-            exact_tile->planes[1][row][channel] = __float2bfloat16(x - __bfloat162float(high));
-        }
+        if constexpr (kHasExact) exact_tile->store(row, channel, x);
     }
     if (needs_mean_score<kHasExact>(params)) mean_score = warp_sum(mean_score) * params.scale_log2;
     if (lane == 0) tile.mean_score[row] = mean_score;
     __syncwarp();
-    prepare_class<Unit, 0>(params, scratch, transform, row, tile, lane);
-    if constexpr (Unit::Key::classes == 2) prepare_class<Unit, 1>(params, scratch, transform, row, tile, lane);
+    prepare_class<Unit, 0>(params, scratch, transform, row, tile, dense, lane);
+    if constexpr (Unit::Key::classes == 2) prepare_class<Unit, 1>(params, scratch, transform, row, tile, dense, lane);
 }
 
 // One class of one output row, from coded space (`coded`, shared memory, normalised) to the caller's tensor.

@@ -64,6 +64,16 @@ class ItemStream {
         for (int stage = 0; stage < kStages; ++stage) issue(stage);
     }
 
+    // Brings the block after those of `fill` into L2: for when it will be a while until the first one is read.
+    __device__ __forceinline__ void prefetch() {
+        if constexpr (kBulkCopy) {
+            if (!open_ || is_exact()) return;
+            const int count = block_units();
+            if (lane_ < block_runs(count))
+                bulk_prefetch_l2(unit_source(block_ * kBlockUnits + lane_, page_), run_bytes(count));
+        }
+    }
+
     // The warp's next item, once it has landed: a block of codes, or keys and values of an exact unit.
     __device__ __forceinline__ const uint8_t* wait() {
         if constexpr (kBulkCopy) {
@@ -148,14 +158,18 @@ class ItemStream {
     // How many of the next block's units hold tokens.
     __device__ int block_units() const { return max(0, min(kBlockUnits, units_ - block_ * kBlockUnits)); }
 
+    // A block of `count` units as runs of contiguous bytes: one if it lies in one page.
+    __device__ bool in_one_page() const { return params_.page_units % kBlockUnits == 0; }
+    __device__ int block_runs(int count) const { return in_one_page() ? min(count, 1) : count; }
+    __device__ int run_bytes(int count) const { return in_one_page() ? count * Unit::bytes : Unit::bytes; }
+
     __device__ __forceinline__ void copy_block_bulk(uint32_t target, uint32_t barrier) {
         const int count = block_units();
-        const bool whole = params_.page_units % kBlockUnits == 0;  // then a block lies in one page: one copy
         if (lane_ == 0) mbarrier_expect(barrier, count * Unit::bytes);
         __syncwarp();
-        if (lane_ < (whole ? min(count, 1) : count))
-            bulk_copy(target + lane_ * Unit::bytes, unit_source(block_ * kBlockUnits + lane_, page_),
-                      whole ? count * Unit::bytes : Unit::bytes, barrier, policy_);
+        if (lane_ < block_runs(count))
+            bulk_copy(target + lane_ * Unit::bytes, unit_source(block_ * kBlockUnits + lane_, page_), run_bytes(count),
+                      barrier, policy_);
         __syncwarp();
     }
 

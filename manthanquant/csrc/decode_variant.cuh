@@ -39,8 +39,8 @@ constexpr int warps_that_fit(int most, int warp_bytes, int team_warps, int team_
     return 2;
 }
 
-// What a kernel is built for, and how it is tuned for that.
-template <class F, int kHeadSize_, int kRows_, int kTeamWarps_, bool kHasExact_>
+// What a kernel is built for, and how it is tuned for that. `kDense_`: a side's transform is dense.
+template <class F, int kHeadSize_, int kRows_, int kTeamWarps_, bool kHasExact_, bool kDense_>
 struct Variant {
     using Unit = mq::Unit<F, kHeadSize_>;
     static constexpr int kHeadSize = kHeadSize_;
@@ -48,18 +48,24 @@ struct Variant {
     static constexpr int kRowsPerLane = kRows / 4;
     static constexpr int kTeamWarps = kTeamWarps_;
     static constexpr bool kHasExact = kHasExact_;
+    static constexpr bool kDense = kDense_;
     static constexpr bool kBulkCopy = MQ_BULK_COPY;
 
     // As many warps as registers and shared memory allow: the output and the accumulators of a large head or of many
     // rows take more of both.
     static constexpr int kRegisterWarps =
         kHeadSize > 128 || kRows == 16 ? 8 : (kRows == 8 && kHeadSize > 64 ? 12 : 16);
+    // Sums that a product with a dense matrix is left as, of one half of the channels each.
+    static constexpr int kSplits = kHeadSize > 64 && kHeadSize % 32 == 0 ? 2 : 1;
+    static constexpr int kOutStride = kHeadSize + 4;  // of a row of floats in shared memory
     static constexpr int kSlotBytes = slot_bytes<Unit, kHasExact>();
     static constexpr int kWarpBytes = kSlotBytes + (kHasExact ? 2 : 1) * kRows * kHeadSize * 4;
     static constexpr int kSmallestTeam = smallest_team(kRows, kHasExact);
+    // Alike for all transforms, so that a build has one number of warps. Last: rows may take more than fragments.
+    static constexpr int kRowBytes = 4 * kRows * (kHeadSize + 8 + (kSplits + kHasExact) * kOutStride);  // RowBuffers
     static constexpr int kTeamBytes =
         2 * kRows * (kHeadSize + 16) + (kHasExact ? 4 * (kRows * (kHeadSize + 8) + kMaxExactUnits) : 0) + 1024 +
-        (kSmallestTeam == 2 ? 4 * kRows * (kHeadSize + 12) : 0);  // finished rows take more than two warps' fragments
+        (kRowBytes > kSmallestTeam * kRows * kHeadSize * 4 ? kRowBytes - kSmallestTeam * kRows * kHeadSize * 4 : 0);
     static constexpr int kWarps = warps_that_fit(kRegisterWarps, kWarpBytes, kSmallestTeam, kTeamBytes);
     static constexpr int kTeams = kWarps / kTeamWarps;
     static constexpr int kThreads = kWarps * kLanes;
@@ -75,7 +81,6 @@ struct Variant {
 
     static constexpr int kChannelTiles = kHeadSize / 8;          // of eight channels
     static constexpr int kTileFloats = kRows * kHeadSize;
-    static constexpr int kOutStride = kHeadSize + 4;             // of a finished row in shared memory
     // A thread's share of a merged tile: channel tile x, row h of lane c is at (x * kRowsPerLane + h) * 32 + lane.
     static constexpr int kShare = ceil_div(kChannelTiles * kRowsPerLane, kTeamWarps);
     static constexpr int kPartialFloats = kTeamWarps * kLanes * kShare;
@@ -112,23 +117,46 @@ struct SoftmaxState {
 // Each warp's output fragment and softmax state (maximum, sum), for the team to merge.
 template <class V>
 struct Fragments {
-    static constexpr int kRowTiles = 3 * V::kRows * V::kOutStride;  // what finish_pair keeps here afterwards
-    float tile[V::kTeamWarps * V::kTileFloats > kRowTiles ? V::kTeamWarps * V::kTileFloats : kRowTiles];
+    float tile[V::kTeamWarps * V::kTileFloats];
     float2 state[V::kTeamWarps][V::kRows];
+};
+
+// A pair's rows, while queries are prepared and outputs finished.
+template <class V, bool kDense = V::kDense>
+struct RowBuffers {
+    float row[V::kRows][V::kOutStride];
+    float exact[V::kHasExact ? V::kRows : 1][V::kOutStride];  // the exact tier's share of the output
+};
+
+template <class V>
+struct RowBuffers<V, true> {
+    union {
+        float row[V::kRows][V::kOutStride];
+        SplitRows<V::kRows, V::kHeadSize> split;  // what a dense matrix is to be multiplied by
+    };
+    float exact[V::kHasExact ? V::kRows : 1][V::kOutStride];
+    float sums[V::kSplits][V::kRows][V::kOutStride];  // of products
+
+    __device__ __forceinline__ float product(int index, int channel) const {
+        return sums[0][index][channel] + (V::kSplits == 2 ? sums[V::kSplits - 1][index][channel] : 0.0f);
+    }
 };
 
 template <class V>
 struct ExactShared {
     Fragments<V> fragments;
-    ExactQueryTile<V::kRows, V::kHeadSize> query;
+    SplitRows<V::kRows, V::kHeadSize> query;
     int slots[kMaxExactUnits];  // of the pair's exact units; negative: not exact after all
 };
 struct NoExactShared {};
 
-// What a team shares. The coded fragments' memory also holds the queries while they are transformed, and finished rows.
+// What a team shares.
 template <class V>
 struct TeamShared {
-    Fragments<V> coded;
+    union {  // rows before the segment's blocks, fragments, then rows again
+        Fragments<V> coded;
+        RowBuffers<V> rows;
+    };
     QueryTile<V::kRows, V::kHeadSize> query;
     int row_begin[V::kRows];  // the tokens each row sees
     int row_end[V::kRows];
@@ -137,6 +165,7 @@ struct TeamShared {
     Span span;
     Work<V::kHasExact> work;  // its segment is the one in work
     bool is_last;
+    int dense_head;  // the KV head whose matrix `rows.split` meets, or -1
     std::conditional_t<V::kHasExact, ExactShared<V>, NoExactShared> exact;
 };
 
@@ -149,9 +178,24 @@ struct SharedLayout {
     static_assert(kBytes <= kSharedLimit);
 };
 
+// The shared memory of the team that comes `team` places after the one at `first`.
+template <class V>
+__device__ __forceinline__ TeamShared<V>& team_shared(TeamShared<V>* first, int team) {
+    return *reinterpret_cast<TeamShared<V>*>(reinterpret_cast<uint8_t*>(first) + team * SharedLayout<V>::kTeamBytes);
+}
+
 template <class V>
 __device__ __forceinline__ void team_barrier(int team) {
     named_barrier<V::kTeamWarps * kLanes>(team + 1);
+}
+
+// Among all of a CTA's threads, none of which may have left. A team's threads meet first: racecheck loses track of
+// warps that come to a barrier of all from different places, and reports hazards across it (across __syncthreads, too).
+template <class V>
+__device__ __forceinline__ void cta_barrier(int team) {
+    static_assert(V::kTeams + 1 < 16);
+    team_barrier<V>(team);
+    named_barrier<V::kThreads>(V::kTeams + 1);
 }
 
 template <class Body, int... kIndex>

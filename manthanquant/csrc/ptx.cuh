@@ -214,6 +214,11 @@ __device__ __forceinline__ void bulk_copy(uint32_t shared, const void* global, u
         : "memory");
 }
 
+// One thread asks for `bytes` (a multiple of 16) to be brought into L2.
+__device__ __forceinline__ void bulk_prefetch_l2(const void* global, uint32_t bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+}
+
 // -- programmatic dependent launch (from sm_90 on; before that kernels of a stream never overlap) -------------------
 
 // Lets the next kernel of the stream start.

@@ -73,14 +73,15 @@ def _side_tables(transform: SideTransform, fmt: Format, side: Side, head_size: i
 
 
 def dense_fragments(matrix: Tensor) -> Tensor:
-    """What rows are multiplied by, `[H, D, D]`, dealt to lanes as `multiply_rows` (csrc/decode_merge.cuh) reads it.
+    """What rows are multiplied by, `[H, D, D]`, dealt to lanes as `DenseProduct` (csrc/decode_dense.cuh) reads it.
 
-    bf16 `[H, D / 8, D / 16, lane, (high, low), (register, element)]`: output tiles, k steps.
+    bf16 `[H, D / 16 out, D / 16 in, (high, low), lane, (register, element)]`. As an A operand a block has its channels
+    in for columns: its registers are those of `b_fragments`, the two tiles of channels out in turns.
     """
     dealt = b_fragments(matrix.transpose(1, 2).float().cpu(), torch.float32)
-    dealt = dealt.unflatten(-1, (2, 4)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    dealt = dealt.unflatten(-1, (2, 2, 2)).transpose(-3, -2).flatten(-3).transpose(1, 2)
     high = dealt.bfloat16()
-    return torch.stack([high, (dealt - high.float()).bfloat16()], dim=-2).contiguous()
+    return torch.stack([high, (dealt - high.float()).bfloat16()], dim=3).contiguous()
 
 
 def decode_transform(transform: LayerTransform, fmt: Format, head_size: int, device: torch.device) -> DecodeTransform:

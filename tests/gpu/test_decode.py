@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 DEVICE = torch.device("cuda")
 LENGTHS = (1, 17, 64, 100, 513, 2000)  # one token, a unit's end, a block's end, several blocks, several teams
 RAGGED = (3000, 1, 2, 15, 16, 63, 65, 5000)
+KEYS_DENSE, VALUES_DENSE = ("dense", "hadamard"), ("hadamard", "dense")
 EXACT = {"sink_tokens": 4, "recent_tokens": 128, "lengths": LENGTHS}
 
 
@@ -85,9 +86,9 @@ def test_page_sizes_on_both_copy_paths(page_tokens: int, cp_async: bool) -> None
 
 
 @pytest.mark.sanitized
-@pytest.mark.parametrize("kind", ["hadamard", "gain", "dense"])
+@pytest.mark.parametrize("kind", ["hadamard", "gain", "dense", KEYS_DENSE, VALUES_DENSE], ids=str)
 @pytest.mark.parametrize("key_mean", [False, True])
-def test_transforms(kind: str, key_mean: bool) -> None:
+def test_transforms(kind: str | tuple[str, str], key_mean: bool) -> None:
     check(Case(format="k42v42", transform=kind, key_mean=key_mean))
 
 
@@ -185,6 +186,8 @@ def test_exact_tier(hot_missing: float) -> None:
         {"head_size": 256, "heads": 16, "dtype": torch.float16},
         {"format": "k42v3", "cp_async": True, "page_tokens": 16},
         {"heads": 32, "window": 200, "hot_missing": 0.0},
+        {"format": "k42v3", "transform": KEYS_DENSE},
+        {"format": "k42v3", "transform": VALUES_DENSE, "key_mean": True},
     ],
 )
 def test_exact_tier_with_everything(options: dict) -> None:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from manthanquant import reference
-from manthanquant.formats import UNIT_TOKENS, Format, get_paged
+from manthanquant.formats import UNIT_TOKENS, Format, Side, get_paged
 from manthanquant.transform import (
     LayerTransform,
-    default_transform,
+    SideTransform,
     dense_transform,
     gain_transform,
     hadamard_transform,
@@ -31,7 +31,7 @@ class Case:
     page_tokens: int = 64
     query_tokens: int = 1
     new: tuple[int, ...] | None = None
-    transform: str = "hadamard"
+    transform: str | tuple[str, str] = "hadamard"  # or "gain", "dense"; both sides or (keys, values)
     dtype: torch.dtype = torch.bfloat16
     window: int | None = None
     soft_cap: float | None = None
@@ -72,26 +72,19 @@ class Inputs:
 def make_transform(case: Case, generator: torch.Generator, device: str) -> LayerTransform:
     fmt, size, heads = case.fmt, case.head_size, case.kv_heads
     random = lambda *shape: torch.randn(*shape, generator=generator, device=device)
-    mean = 0.7 * random(heads, size) if case.key_mean else None
-    if case.transform == "hadamard":
-        layer = default_transform(fmt, size).to(device)
-        return LayerTransform(hadamard_transform(fmt, "key", size, mean).to(device), layer.value)
-    if case.transform == "gain":
-        sides = []
-        for side in ("key", "value"):
+    mean = 0.7 * random(heads, size).cpu() if case.key_mean else None
+
+    def make(side: Side, kind: str, mean: Tensor | None) -> SideTransform:
+        if kind == "hadamard":
+            return hadamard_transform(fmt, side, size, mean)
+        if kind == "gain":
             order = torch.stack([torch.randperm(size, generator=generator, device=device) for _ in range(heads)])
-            gain = random(heads, size).mul(0.3).exp()
-            sides.append(
-                gain_transform(
-                    fmt, side, order.cpu(), gain.cpu(), mean.cpu() if side == "key" and mean is not None else None
-                )
-            )
-        return LayerTransform(*sides).to(device)
-    matrices = [torch.eye(size, device=device) + 0.3 * random(heads, size, size) / size**0.5 for _ in range(2)]
-    return LayerTransform(
-        dense_transform(fmt, "key", matrices[0].cpu(), None if mean is None else mean.cpu()).to(device),
-        dense_transform(fmt, "value", matrices[1].cpu()).to(device),
-    )
+            return gain_transform(fmt, side, order.cpu(), random(heads, size).mul(0.3).exp().cpu(), mean)
+        matrix = torch.eye(size, device=device) + 0.3 * random(heads, size, size) / size**0.5
+        return dense_transform(fmt, side, matrix.cpu(), mean)
+
+    key, value = case.transform if isinstance(case.transform, tuple) else (case.transform, case.transform)
+    return LayerTransform(make("key", key, mean), make("value", value, None)).to(device)
 
 
 def make_inputs(case: Case, device: str = "cuda") -> Inputs:

@@ -11,17 +11,18 @@ from manthanquant.formats import K3V3, LANES, SUPPORTED_HEAD_SIZES
 
 @pytest.mark.parametrize("size", SUPPORTED_HEAD_SIZES)
 def test_fragments_of_a_dense_matrix_hold_it_to_sixteen_bits(size: int) -> None:
-    """Dealt back as the matrix instruction takes its B operand: column lane / 4, four neighbouring k a lane."""
+    """Dealt back as the matrix instruction takes its A operand: rows lane / 4 and 8 more, four k a lane."""
     matrix = torch.randn(3, size, size)
-    # [H, tile, step, lane, register, element]
-    high, low = dense_fragments(matrix).float().unflatten(-1, (2, 2)).unbind(4)
+    # [H, tile out, step in, lane, register, element]
+    high, low = dense_fragments(matrix).float().unflatten(-1, (4, 2)).unbind(3)
     back = torch.zeros_like(matrix)
     for lane in range(LANES):
-        for register in range(2):
+        for register in range(4):
             for element in range(2):
-                rows = torch.arange(size // 16) * 16 + 4 * (lane % 4) + 2 * register + element
-                columns = torch.arange(size // 8) * 8 + lane // 4
-                back[:, rows[None, :], columns[:, None]] = (high + low)[:, :, :, lane, register, element]
+                blocks = torch.arange(size // 16) * 16
+                channel_in = blocks + 4 * (lane % 4) + 2 * (register // 2) + element
+                channel_out = blocks + lane // 4 + 8 * (register % 2)
+                back[:, channel_in[None, :], channel_out[:, None]] = (high + low)[:, :, :, lane, register, element]
     torch.testing.assert_close(back, matrix, rtol=2**-16, atol=0)
 
 
