@@ -102,7 +102,11 @@ def test_a_running_cluster_is_returned_as_it_is(control_plane: Cluster) -> None:
 def test_a_component_that_ends_is_started_again(control_plane: Cluster) -> None:
     def scheduler() -> int | None:
         for pid in cgroups.processes(control_plane.instance.cgroup):
-            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(f"{config.NODE_BIN}/kube-scheduler\0".encode()):
+            try:
+                command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            except (FileNotFoundError, ProcessLookupError):  # it ended since it was listed
+                continue
+            if command.startswith(f"{config.NODE_BIN}/kube-scheduler\0".encode()):
                 return pid
         return None
 
