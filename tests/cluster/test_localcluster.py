@@ -100,20 +100,12 @@ def test_a_running_cluster_is_returned_as_it_is(control_plane: Cluster) -> None:
 
 
 def test_a_component_that_ends_is_started_again(control_plane: Cluster) -> None:
-    def scheduler() -> int | None:
-        for pid in cgroups.processes(control_plane.instance.cgroup):
-            try:
-                command = Path(f"/proc/{pid}/cmdline").read_bytes()
-            except (FileNotFoundError, ProcessLookupError):  # it ended since it was listed
-                continue
-            if command.startswith(f"{config.NODE_BIN}/kube-scheduler\0".encode()):
-                return pid
-        return None
+    def schedulers() -> list[int]:
+        return cgroups.running(control_plane.instance.cgroup, "kube-scheduler")
 
-    first = scheduler()
-    assert first is not None
+    (first,) = schedulers()
     os.kill(first, 9)
-    assert eventually(lambda: (pid := scheduler()) is not None and pid != first)
+    assert eventually(lambda: any(pid != first for pid in schedulers()))
 
 
 @pytest.mark.parametrize("name", ["", "-a", "A", "a_b", "a" * 33, "../a"])

@@ -98,6 +98,19 @@ def processes(name: str) -> list[int]:
     return sorted(found)
 
 
+def running(name: str, program: str) -> list[int]:
+    """Those of `processes` that run a program, by its file's name."""
+    found = []
+    for pid in processes(name):
+        try:
+            path = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]
+        except (FileNotFoundError, ProcessLookupError):  # it ended since it was listed
+            continue
+        if os.path.basename(path) == program.encode():
+            found.append(pid)
+    return found
+
+
 def remove(name: str, added: list[str], timeout: float = 15.0) -> None:
     """Remove the group and all below it, once its processes are gone; the kernel may say busy for a moment."""
     deadline = time.monotonic() + timeout

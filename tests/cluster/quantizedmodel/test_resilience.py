@@ -147,9 +147,8 @@ def test_an_api_server_that_restarts_is_met_again(models: Models, operator: Oper
     """Every watch is dropped and every request fails for a while."""
     models.create("m", CPU)
     eventually(lambda: _made(models, "m") == ONE_OF_EACH)
-    for pid in cgroups.processes(models.cluster.instance.cgroup):
-        if b"/kube-apiserver\0" in Path(f"/proc/{pid}/cmdline").read_bytes():
-            os.kill(pid, signal.SIGKILL)
+    for pid in cgroups.running(models.cluster.instance.cgroup, "kube-apiserver"):
+        os.kill(pid, signal.SIGKILL)
     eventually(models.cluster.api.ready)
 
     def kubelet_and(condition: Callable[[], bool]) -> Callable[[], bool]:
