@@ -69,9 +69,7 @@ class DenseProduct {
             for (int plane = 0; plane < V::kQueryPlanes; ++plane)
 #pragma unroll
                 for (int team = 0; team < kTeams; ++team) {
-                    const auto& planes = team_shared(first, team).rows.split.planes;
-                    const __nv_bfloat16* column =
-                        planes[column_part<V::kRows>(plane, g)][column_row<V::kRows>(plane, g)];
+                    const __nv_bfloat16* column = team_shared(first, team).rows.split.column(plane, g);
                     const uint2 b = *reinterpret_cast<const uint2*>(column + 16 * (split * kSteps + step) + 4 * c);
 #pragma unroll
                     for (int part = 0; part < 2; ++part) {

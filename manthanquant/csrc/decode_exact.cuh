@@ -62,7 +62,7 @@ __device__ __forceinline__ void score_exact_unit(const ExactRows<kHeadSize>& key
     float sum[column_tiles<kRows>()][4] = {};
 #pragma unroll
     for (int plane = 0; plane < kRows / 4; ++plane) {
-        const __nv_bfloat16* column = query.planes[column_part<kRows>(plane, g)][column_row<kRows>(plane, g)];
+        const __nv_bfloat16* column = query.column(plane, g);
 #pragma unroll
         for (int reg = 0; reg < ExactRows<kHeadSize>::kRegisters; reg += 2) {
             const bool tail = reg / 4 >= ExactRows<kHeadSize>::kPieces;

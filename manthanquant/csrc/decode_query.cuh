@@ -110,6 +110,11 @@ struct SplitRows {
         planes[0][row][channel] = high;
         planes[1][row][channel] = __float2bfloat16(x - __bfloat162float(high));
     }
+
+    // What lane group g has for its column of operand `plane`.
+    __device__ __forceinline__ const __nv_bfloat16* column(int plane, int g) const {
+        return planes[column_part<kRows>(plane, g)][column_row<kRows>(plane, g)];
+    }
 };
 
 // Which query a row of a tile is.
