@@ -101,7 +101,7 @@ def test_a_running_cluster_is_returned_as_it_is(control_plane: Cluster) -> None:
 
 def test_a_component_that_ends_is_started_again(control_plane: Cluster) -> None:
     def schedulers() -> list[int]:
-        return cgroups.running(control_plane.instance.cgroup, "kube-scheduler")
+        return cgroups.running(control_plane.instance.cgroup, f"{config.NODE_BIN}/kube-scheduler")
 
     (first,) = schedulers()
     os.kill(first, 9)

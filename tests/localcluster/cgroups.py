@@ -99,14 +99,14 @@ def processes(name: str) -> list[int]:
 
 
 def running(name: str, program: str) -> list[int]:
-    """Those of `processes` that run a program, by its file's name."""
+    """Those of `processes` that run a program, by its path."""
     found = []
     for pid in processes(name):
         try:
-            path = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
         except (FileNotFoundError, ProcessLookupError):  # it ended since it was listed
             continue
-        if os.path.basename(path) == program.encode():
+        if command.startswith(f"{program}\0".encode()):
             found.append(pid)
     return found
 

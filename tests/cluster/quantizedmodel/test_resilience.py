@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from localcluster import cgroups
+from localcluster import cgroups, config
 from support.operator_process import NAMESPACE, OperatorProcess
 from support.quantizedmodels import Models, PlayedKubelet, eventually
 
@@ -147,7 +147,7 @@ def test_an_api_server_that_restarts_is_met_again(models: Models, operator: Oper
     """Every watch is dropped and every request fails for a while."""
     models.create("m", CPU)
     eventually(lambda: _made(models, "m") == ONE_OF_EACH)
-    for pid in cgroups.running(models.cluster.instance.cgroup, "kube-apiserver"):
+    for pid in cgroups.running(models.cluster.instance.cgroup, f"{config.NODE_BIN}/kube-apiserver"):
         os.kill(pid, signal.SIGKILL)
     eventually(models.cluster.api.ready)
 
